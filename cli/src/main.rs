@@ -1,0 +1,2 @@
+//! The ublkimg command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! ublkimg image format.
