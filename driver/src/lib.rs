@@ -1,1 +1,1 @@
-//! ublkimg driver.
+//! The running system: store, fetcher, devices, mounts, daemon and recovery.
