@@ -1,0 +1,104 @@
+//! The error of this crate.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::path::Path;
+
+/// What the operator can do about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// The reference, or something that it names, does not exist: check the name.
+    NotFound,
+    /// The registry refused the credentials, or wants some: log in.
+    Unauthorized,
+    /// The registry cannot be reached or answers with server errors: try again later.
+    Unavailable,
+    /// A deadline passed: try again later, or allow more time.
+    TimedOut,
+    /// The reference names an image of another format: convert it first.
+    NotOurs,
+    /// Something fetched or stored is not what its digest, size or format promises: do not trust the source.
+    Corrupt,
+    /// The kernel or the machine lacks something: see `doctor`.
+    Unsupported,
+    /// The disk of the store is full: free some space.
+    NoSpace,
+    /// The request contradicts itself or the state of the system: correct it.
+    Invalid,
+    /// Somebody else uses the thing: stop them first.
+    Busy,
+    /// The operating system refused an operation: read the cause.
+    Io,
+}
+
+/// One line that names what failed, its kind, and its cause.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    what: String,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// Result with this crate's error.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error without a cause. `what` is one line that names the thing (path, digest, offset).
+    #[must_use]
+    pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
+        Self { kind, what: what.into(), source: None }
+    }
+
+    /// The same with a cause.
+    #[must_use]
+    pub fn caused(
+        kind: ErrorKind,
+        what: impl Into<String>,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        Self { kind, what: what.into(), source: Some(source.into()) }
+    }
+
+    /// An operating system error; its kind follows from the errno (a full disk is [`ErrorKind::NoSpace`]).
+    #[must_use]
+    pub fn io(what: impl Into<String>, source: std::io::Error) -> Self {
+        let kind = match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+            _ => ErrorKind::Io,
+        };
+        Self::caused(kind, what, source)
+    }
+
+    /// An operating system error about a path; `doing` is a verb ("open", "write").
+    #[must_use]
+    pub fn path(doing: &str, path: &Path, source: std::io::Error) -> Self {
+        Self::io(format!("{doing} {}", path.display()), source)
+    }
+
+    /// The kind, for deciding what to do.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// What a block request that met this error is answered with: a positive errno.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self.kind {
+            ErrorKind::NoSpace => libc::ENOSPC,
+            _ => libc::EIO,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+    }
+}
