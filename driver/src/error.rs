@@ -4,8 +4,11 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 /// What the operator can do about it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ErrorKind {
     /// The reference, or something that it names, does not exist: check the name.
     NotFound,
@@ -29,6 +32,39 @@ pub enum ErrorKind {
     Busy,
     /// The operating system refused an operation: read the cause.
     Io,
+    /// Something that cannot happen: report it.
+    Internal,
+}
+
+/// The exit code of a process that ends with an error of this kind. Part of the command line's contract.
+const EXIT_CODES: [(ErrorKind, u8); 12] = [
+    (ErrorKind::Internal, 1),
+    (ErrorKind::Invalid, 2),
+    (ErrorKind::NotFound, 3),
+    (ErrorKind::Unauthorized, 4),
+    (ErrorKind::NotOurs, 5),
+    (ErrorKind::Corrupt, 6),
+    (ErrorKind::Unavailable, 7),
+    (ErrorKind::TimedOut, 7),
+    (ErrorKind::Unsupported, 8),
+    (ErrorKind::Busy, 9),
+    (ErrorKind::NoSpace, 10),
+    (ErrorKind::Io, 12),
+];
+
+impl ErrorKind {
+    /// The exit code of a process that ends with an error of this kind; 11 is left for malformed source images, which
+    /// this crate does not read.
+    #[must_use]
+    pub fn exit_code(self) -> u8 {
+        EXIT_CODES.iter().find(|(kind, _)| *kind == self).map_or(1, |(_, code)| *code)
+    }
+
+    /// The kind that a child process which ended with `code` meant.
+    #[must_use]
+    pub fn from_exit_code(code: i32) -> Option<Self> {
+        EXIT_CODES.iter().find(|(_, known)| i32::from(*known) == code).map(|(kind, _)| *kind)
+    }
 }
 
 /// One line that names what failed, its kind, and its cause.
@@ -100,5 +136,20 @@ impl fmt::Display for Error {
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_has_an_exit_code_that_leads_back() {
+        for (kind, code) in EXIT_CODES {
+            assert_eq!(kind.exit_code(), code);
+            let back = ErrorKind::from_exit_code(i32::from(code)).unwrap();
+            assert_eq!(back.exit_code(), code);
+        }
+        assert_eq!(ErrorKind::from_exit_code(0), None);
     }
 }
