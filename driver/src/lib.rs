@@ -1,6 +1,10 @@
 //! The running system: store, fetcher, devices, mounts, daemon and recovery.
 
+pub mod device;
 pub mod error;
 pub mod image;
+pub mod kernel;
+pub mod mounts;
+pub mod namespace;
 
 pub use error::{Error, ErrorKind, Result};
