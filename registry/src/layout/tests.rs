@@ -1,0 +1,131 @@
+use super::*;
+use crate::error::ErrorKind;
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+
+fn layout(dir: &tempfile::TempDir, tag: Option<&str>) -> Layout {
+    Layout::new(&dir.path().join("layout"), tag)
+}
+
+fn push(layout: &Layout, manifest: &str, tag: Option<&str>) -> Digest {
+    layout.push_manifest(MANIFEST, &Bytes::copy_from_slice(manifest.as_bytes()), tag).unwrap()
+}
+
+#[test]
+fn manifests_round_trip() {
+    let dir = tempfile::tempdir().unwrap();
+    let digest = push(&layout(&dir, None), "{}", Some("v1"));
+    for tag in [None, Some("v1")] {
+        let resolved = layout(&dir, tag).resolve().unwrap();
+        assert_eq!(
+            (resolved.digest, resolved.media_type.as_str(), &resolved.bytes[..]),
+            (digest, MANIFEST, &b"{}"[..])
+        );
+    }
+    let version = fs::read(dir.path().join("layout/oci-layout")).unwrap();
+    assert_eq!(version, VERSION);
+}
+
+#[test]
+fn a_tag_moves_and_others_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = layout(&dir, None);
+    let old = push(&layout, "{\"a\":1}", Some("v1"));
+    push(&layout, "{\"a\":1}", Some("v2"));
+    let new = push(&layout, "{\"a\":2}", Some("v1"));
+    let tagged = |tag| Layout { tag: Some(Arc::from(tag)), ..layout.clone() }.resolve().map(|resolved| resolved.digest);
+    assert_eq!((tagged("v1").unwrap(), tagged("v2").unwrap()), (new, old));
+    let error = tagged("v3").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(error.to_string().ends_with("has no tag v3 (tags: v2, v1)"), "{error}");
+    let error = layout.resolve().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(error.to_string().ends_with("holds 2 manifests; name one as oci:DIR:TAG (tags: v2, v1)"), "{error}");
+}
+
+#[test]
+fn an_index_takes_the_place_of_its_manifests() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = layout(&dir, None);
+    let child = push(&layout, "{}", None);
+    let index = format!(r#"{{"manifests":[{{"digest":"{child}"}}]}}"#);
+    let index = layout.push_manifest(INDEX, &index.into(), None).unwrap();
+    assert_eq!(layout.resolve().unwrap().digest, index);
+    assert_eq!(&layout.manifest(&child).unwrap()[..], b"{}");
+}
+
+#[test]
+fn foreign_fields_survive() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = layout(&dir, None);
+    layout.create().unwrap();
+    let foreign = r#"{"schemaVersion":2,"x":[1],"manifests":[{"mediaType":"m","digest":"sha512:1","size":1,"platform":{"os":"o"}}]}"#;
+    fs::write(layout.dir.join(INDEX_FILE), foreign).unwrap();
+    push(&layout, "{}", Some("t"));
+    let after: serde_json::Value = serde_json::from_slice(&fs::read(layout.dir.join(INDEX_FILE)).unwrap()).unwrap();
+    assert_eq!(after["x"], serde_json::json!([1]));
+    assert_eq!(after["manifests"][0]["platform"]["os"], "o");
+    assert_eq!(after["manifests"][1]["annotations"]["org.opencontainers.image.ref.name"], "t");
+}
+
+#[test]
+fn blobs_are_verified_on_the_way_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = layout(&dir, None);
+    let bytes = Bytes::from_static(b"0123456789");
+    let digest = Digest::of(&bytes);
+    for (claimed, size_bytes) in [(Digest::of(b"other"), 10), (digest, 9), (digest, 11)] {
+        let error = layout.push_blob(&claimed, size_bytes, &BlobSource::Bytes(bytes.clone())).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    }
+    assert_eq!(fs::read_dir(layout.dir.join("blobs/sha256")).unwrap().count(), 0, "nothing half-made is left");
+
+    let file = dir.path().join("source");
+    fs::write(&file, &bytes).unwrap();
+    assert_eq!(layout.push_blob(&digest, 10, &BlobSource::File(file)).unwrap(), Pushed::Uploaded);
+    assert_eq!(layout.push_blob(&digest, 10, &BlobSource::Bytes(bytes)).unwrap(), Pushed::Existed);
+    assert!(layout.has_blob(&digest));
+    assert_eq!(&layout.blob_range(&digest, 3..7).unwrap()[..], b"3456");
+    assert_eq!(layout.blob_range(&digest, 3..11).unwrap_err().kind(), ErrorKind::Corrupt);
+    assert_eq!(layout.blob_range(&Digest::of(b""), 0..1).unwrap_err().kind(), ErrorKind::NotFound);
+    let error = layout.push_blob(&Digest::of(b""), 0, &BlobSource::File("/nonexistent/x".into())).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io);
+    assert!(error.to_string().starts_with("reading /nonexistent/x: "), "{error}");
+}
+
+#[test]
+fn a_changed_manifest_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = layout(&dir, None);
+    let digest = push(&layout, "{}", Some("t"));
+    fs::write(layout.blob_path(&digest), "[]").unwrap();
+    assert_eq!(layout.resolve().unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+#[test]
+fn not_a_layout() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = layout(&dir, None).resolve().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(error.to_string().ends_with("layout is not an OCI layout directory"), "{error}");
+    fs::create_dir(dir.path().join("layout")).unwrap();
+    fs::write(dir.path().join("layout/index.json"), "junk").unwrap();
+    assert_eq!(layout(&dir, None).resolve().unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+#[test]
+fn concurrent_pushes_lose_no_tag() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = layout(&dir, None);
+    std::thread::scope(|scope| {
+        for writer in 0..8 {
+            let layout = &layout;
+            scope.spawn(move || push(layout, &format!("{{\"w\":{writer}}}"), Some(&format!("t{writer}"))));
+        }
+    });
+    for writer in 0..8 {
+        let tagged = Layout { tag: Some(format!("t{writer}").into()), ..layout.clone() };
+        assert_eq!(tagged.resolve().unwrap().bytes, format!("{{\"w\":{writer}}}"));
+    }
+}

@@ -1,0 +1,191 @@
+//! The one interface: an image repository, wherever it is.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::blob::{BlobReader, BlobSource};
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::options::ClientOptions;
+use crate::reference::Location;
+use crate::remote::Remote;
+
+/// An image repository: manifests and blobs by digest, and the manifest that the location names.
+///
+/// Cheap to clone; clones share connections, tokens and the bound on requests in flight. A layout directory is created by
+/// the first push into it.
+#[derive(Debug, Clone)]
+pub struct Repository(Inner);
+
+#[derive(Debug, Clone)]
+enum Inner {
+    Layout(Layout),
+    Remote(Arc<Remote>),
+}
+
+/// What a location names at this moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resolved {
+    /// SHA-256 of `bytes`; equals the digest in the reference when it has one.
+    pub digest: Digest,
+    /// The media type as the registry or the layout's index states it.
+    pub media_type: String,
+    /// The manifest or index, byte for byte.
+    pub bytes: Bytes,
+}
+
+/// How a blob came to be in the repository.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Pushed {
+    /// It was there already.
+    Existed,
+    /// The registry linked it from another of its repositories.
+    Mounted,
+    /// Its bytes were sent.
+    Uploaded,
+}
+
+impl Repository {
+    /// Prepares access. Sends nothing yet and reads no credentials: trouble shows at the first use.
+    ///
+    /// # Errors
+    /// `Invalid` when the options do not fit the location.
+    #[expect(clippy::unused_async, reason = "the interface leaves room for a first contact")]
+    pub async fn open(location: &Location, options: &ClientOptions) -> Result<Self> {
+        match location {
+            Location::Layout { dir, tag } => Ok(Self(Inner::Layout(Layout::new(dir, tag.as_deref())))),
+            Location::Registry(reference) => Ok(Self(Inner::Remote(Arc::new(Remote::new(reference, options)?)))),
+        }
+    }
+
+    /// The manifest or index that the location names: one request to a registry.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` for a layout without a tag that holds several; `Corrupt` when the bytes do not have the digest
+    /// that the reference or the registry gives; `TooLarge` above [`crate::MAX_MANIFEST_BYTES`]; and those of the
+    /// connection.
+    pub async fn resolve(&self) -> Result<Resolved> {
+        match &self.0 {
+            Inner::Layout(layout) => blocking(layout, Layout::resolve).await,
+            Inner::Remote(remote) => remote.resolve().await,
+        }
+    }
+
+    /// The manifest or index with this digest, verified.
+    ///
+    /// # Errors
+    /// As [`Repository::resolve`].
+    pub async fn manifest(&self, digest: &Digest) -> Result<Bytes> {
+        let digest = *digest;
+        match &self.0 {
+            Inner::Layout(layout) => blocking(layout, move |layout| layout.manifest(&digest)).await,
+            Inner::Remote(remote) => remote.manifest(&digest).await,
+        }
+    }
+
+    /// Exactly these bytes of a blob, **not** verified against its digest: that takes the whole blob. An empty range is
+    /// answered without a request.
+    ///
+    /// # Errors
+    /// `NotFound` without such a blob; `Corrupt` when the blob ends before the range does, or the registry keeps answering
+    /// with something else; `Invalid` for a range that ends before it starts; and those of the connection.
+    pub async fn blob_range(&self, digest: &Digest, range: Range<u64>) -> Result<Bytes> {
+        let digest = *digest;
+        if range.start > range.end {
+            return Err(Error::invalid(format!("range {}..{} of blob {digest}", range.start, range.end)));
+        }
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        match &self.0 {
+            Inner::Layout(layout) => blocking(layout, move |layout| layout.blob_range(&digest, range)).await,
+            Inner::Remote(remote) => remote.blob_range(&digest, range).await,
+        }
+    }
+
+    /// A whole blob from its start. The reader resumes after a broken connection, and fails at the end, instead of
+    /// reporting the end, when the bytes are not `size_bytes` long or do not have the digest.
+    ///
+    /// # Errors
+    /// `NotFound` and those of the connection, here or wrapped in the reader's [`std::io::Error`].
+    pub async fn blob(&self, digest: &Digest, size_bytes: u64) -> Result<BlobReader> {
+        let digest = *digest;
+        match &self.0 {
+            Inner::Layout(layout) => {
+                let file = blocking(layout, move |layout| layout.open_blob(&digest, size_bytes)).await?;
+                Ok(BlobReader::of_file(tokio::fs::File::from_std(file), digest, size_bytes))
+            }
+            Inner::Remote(remote) => Remote::blob(remote, digest, size_bytes).await,
+        }
+    }
+
+    /// Whether the repository has the blob.
+    ///
+    /// # Errors
+    /// Those of the connection; a missing blob is none.
+    pub async fn has_blob(&self, digest: &Digest) -> Result<bool> {
+        let digest = *digest;
+        match &self.0 {
+            Inner::Layout(layout) => blocking(layout, move |layout| Ok(layout.has_blob(&digest))).await,
+            Inner::Remote(remote) => remote.has_blob(&digest).await,
+        }
+    }
+
+    /// Makes the repository have the blob: nothing is sent when it is there or can be linked from the repository
+    /// `mount_from` of the same registry.
+    ///
+    /// # Errors
+    /// `Corrupt` when `source` does not have this digest and size; `Io` when it cannot be read; and those of the
+    /// connection.
+    pub async fn push_blob(
+        &self,
+        digest: &Digest,
+        size_bytes: u64,
+        source: BlobSource,
+        mount_from: Option<&str>,
+    ) -> Result<Pushed> {
+        let digest = *digest;
+        match &self.0 {
+            Inner::Layout(layout) => {
+                blocking(layout, move |layout| layout.push_blob(&digest, size_bytes, &source)).await
+            }
+            Inner::Remote(remote) => remote.push_blob(&digest, size_bytes, &source, mount_from).await,
+        }
+    }
+
+    /// Stores a manifest or index under `tag`, or by its digest alone. In a layout directory a manifest without a tag is
+    /// listed in `index.json` too, unless an index there lists it: an index pushed after its manifests takes their place.
+    ///
+    /// # Errors
+    /// `TooLarge` above [`crate::MAX_MANIFEST_BYTES`]; `Corrupt` when the registry stored something else; and those of the
+    /// connection.
+    pub async fn push_manifest(&self, media_type: &str, bytes: Bytes, tag: Option<&str>) -> Result<Digest> {
+        if bytes.len() > crate::MAX_MANIFEST_BYTES {
+            return Err(Error::too_large(format!("a manifest of {} bytes; the limit is 4 MiB", bytes.len())));
+        }
+        match &self.0 {
+            Inner::Layout(layout) => {
+                let (media_type, tag) = (media_type.to_owned(), tag.map(str::to_owned));
+                blocking(layout, move |layout| layout.push_manifest(&media_type, &bytes, tag.as_deref())).await
+            }
+            Inner::Remote(remote) => remote.push_manifest(media_type, bytes, tag).await,
+        }
+    }
+}
+
+/// Runs file work where it may block.
+async fn blocking<T, W>(layout: &Layout, work: W) -> Result<T>
+where
+    T: Send + 'static,
+    W: FnOnce(&Layout) -> Result<T> + Send + 'static,
+{
+    let layout = layout.clone();
+    match tokio::task::spawn_blocking(move || work(&layout)).await {
+        Ok(result) => result,
+        Err(stopped) if stopped.is_panic() => std::panic::resume_unwind(stopped.into_panic()),
+        Err(stopped) => Err(Error::unavailable("the program is shutting down").with_source(stopped)),
+    }
+}
