@@ -1,0 +1,256 @@
+//! The properties that the rest of the system relies on, against random histories.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::*;
+
+const CHUNK_LEN_BYTES: u32 = 100 << 10;
+
+fn key(blob: u32, chunk: u32) -> ChunkKey {
+    ChunkKey { blob: BlobKey(blob), chunk }
+}
+
+/// A scheduler with blobs of `chunks` absent chunks each, and a way to feed it one event after another.
+struct Rig {
+    scheduler: Scheduler,
+    now: Now,
+}
+
+impl Rig {
+    fn new(blobs: u32, chunks: usize) -> Self {
+        let mut rig = Self { scheduler: Scheduler::new(), now: Now::ZERO };
+        for blob in 0..blobs {
+            let chunks = vec![ChunkEntry { stored_len_bytes: CHUNK_LEN_BYTES, present: false }; chunks];
+            assert_eq!(rig.step(Event::AddBlob { blob: BlobKey(blob), chunks: &chunks }), []);
+        }
+        rig
+    }
+
+    fn step(&mut self, event: Event<'_>) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.now += Now::from_micros(1);
+        self.scheduler.step(event, self.now, &mut actions);
+        actions
+    }
+
+    fn demand(&mut self, ticket: u64, chunks: &[ChunkKey]) -> Vec<Action> {
+        self.step(Event::Demand { ticket: Ticket(ticket), chunks })
+    }
+}
+
+fn fetch(chunk: ChunkKey, class: Class) -> Action {
+    Action::Fetch { chunk, class }
+}
+
+fn wake(ticket: u64, outcome: Result<(), i32>) -> Action {
+    Action::Wake { ticket: Ticket(ticket), outcome }
+}
+
+#[test]
+fn two_demands_for_one_chunk_are_one_fetch_and_two_wakes() {
+    let mut rig = Rig::new(1, 10);
+    assert_eq!(rig.demand(1, &[key(0, 3)]), [fetch(key(0, 3), Class::Demand)]);
+    assert_eq!(rig.demand(2, &[key(0, 3)]), []);
+    assert_eq!(rig.step(Event::Fetched { chunk: key(0, 3) }), [wake(1, Ok(())), wake(2, Ok(()))]);
+    assert_eq!(rig.demand(3, &[key(0, 3)]), [wake(3, Ok(()))]);
+    let counters = rig.scheduler.counters();
+    assert_eq!((counters.misses, counters.joined, counters.duplicates), (1, 1, 0));
+}
+
+#[test]
+fn a_failed_chunk_wakes_with_its_errno_and_is_fetched_again() {
+    let mut rig = Rig::new(1, 10);
+    rig.demand(1, &[key(0, 3), key(0, 5)]);
+    assert_eq!(rig.step(Event::Failed { chunk: key(0, 3), errno: 28 }), [wake(1, Err(28))]);
+    assert_eq!(rig.step(Event::Fetched { chunk: key(0, 5) }), []);
+    assert_eq!(rig.demand(2, &[key(0, 3)]), [fetch(key(0, 3), Class::Demand)]);
+}
+
+#[test]
+fn a_demand_that_joins_read_ahead_is_a_late_hit_and_does_not_stop_it() {
+    let mut rig = Rig::new(1, 100);
+    rig.demand(1, &[key(0, 0)]);
+    rig.step(Event::Fetched { chunk: key(0, 0) });
+    rig.demand(2, &[key(0, 1)]);
+    let actions = rig.step(Event::Fetched { chunk: key(0, 1) });
+    let ahead = [2, 3, 4].map(|chunk| fetch(key(0, chunk), Class::ReadAhead));
+    assert_eq!(actions[0], wake(2, Ok(())));
+    assert_eq!(actions[1..], ahead, "the first window, now that no demand is open");
+    let actions = rig.demand(3, &[key(0, 2)]);
+    assert_eq!(actions[0], fetch(key(0, 5), Class::ReadAhead), "{actions:?}");
+    assert_eq!(rig.scheduler.counters().late_hits, 1);
+}
+
+#[test]
+fn read_ahead_waits_while_a_demand_is_open_and_stays_inside_its_window() {
+    let mut rig = Rig::new(2, 1000);
+    for chunk in 0..50 {
+        rig.step(Event::Touch { chunk: key(0, chunk) });
+    }
+    assert_eq!(rig.scheduler.read_ahead_in_flight_bytes / u64::from(CHUNK_LEN_BYTES), 40, "4 MiB of 100 KiB chunks");
+    assert_eq!(
+        rig.demand(1, &[key(1, 500)]),
+        [fetch(key(1, 500), Class::Demand)],
+        "a demand never waits for the window"
+    );
+    let first = *rig.scheduler.in_flight.keys().next().unwrap();
+    assert_eq!(rig.step(Event::Fetched { chunk: first }), [], "paused");
+    let actions = rig.step(Event::Fetched { chunk: key(1, 500) });
+    assert_eq!(actions[0], wake(1, Ok(())));
+    assert!(matches!(actions[1], Action::Fetch { class: Class::ReadAhead, .. }), "goes on");
+}
+
+#[test]
+fn demands_past_the_maximum_wait_in_order() {
+    let mut rig = Rig::new(1, 1000);
+    let chunks: Vec<ChunkKey> = (0..100).map(|chunk| key(0, chunk * 7)).collect();
+    let actions = rig.demand(1, &chunks);
+    assert_eq!(actions.len(), DEMAND_CHUNKS_MAX);
+    let actions = rig.step(Event::Fetched { chunk: chunks[0] });
+    assert_eq!(actions, [fetch(chunks[DEMAND_CHUNKS_MAX], Class::Demand)]);
+}
+
+#[test]
+fn removing_a_blob_wakes_its_waiters_and_keeps_the_place_of_its_fetches() {
+    let mut rig = Rig::new(2, 200);
+    let chunks: Vec<ChunkKey> = (0..70).map(|chunk| key(0, chunk * 2)).chain([key(1, 0)]).collect();
+    rig.demand(1, &chunks);
+    assert_eq!(rig.step(Event::RemoveBlob { blob: BlobKey(0) }), [wake(1, Err(EIO))]);
+    assert_eq!(rig.scheduler.demand_in_flight, DEMAND_CHUNKS_MAX);
+    assert_eq!(rig.demand(2, &[key(0, 0)]), [wake(2, Err(EIO))]);
+    let actions = rig.step(Event::Fetched { chunk: chunks[0] });
+    assert_eq!(actions, [fetch(key(1, 0), Class::Demand)], "the freed place goes to the next in the queue");
+    assert_eq!(rig.scheduler.waiting(), 0);
+}
+
+#[test]
+fn a_lost_chunk_is_fetched_again() {
+    let mut rig = Rig::new(1, 10);
+    rig.demand(1, &[key(0, 3)]);
+    rig.step(Event::Fetched { chunk: key(0, 3) });
+    assert!(rig.scheduler.is_present(key(0, 3)));
+    rig.step(Event::Lost { chunk: key(0, 3) });
+    assert_eq!(rig.demand(2, &[key(0, 3)]), [fetch(key(0, 3), Class::Demand)]);
+}
+
+/// One move of a random history. Numbers are taken modulo what there is.
+#[derive(Debug, Clone)]
+enum Move {
+    Demand(Vec<(u32, u32)>),
+    Touch(u32, u32),
+    Complete { which: usize, well: bool },
+    Remove(u32),
+    Lose(usize),
+}
+
+fn moves() -> impl Strategy<Value = Vec<Move>> {
+    let chunk = || (0..3_u32, 0..130_u32);
+    let one = prop_oneof![
+        4 => prop::collection::vec(chunk(), 0..5).prop_map(Move::Demand),
+        4 => (0..3_u32, 0..120_u32).prop_map(|(blob, chunk)| Move::Demand(vec![(blob, chunk), (blob, chunk + 1)])),
+        4 => chunk().prop_map(|(blob, chunk)| Move::Touch(blob, chunk)),
+        12 => (any::<usize>(), prop::bool::weighted(0.8)).prop_map(|(which, well)| Move::Complete { which, well }),
+        1 => (0..3_u32).prop_map(Move::Remove),
+        1 => any::<usize>().prop_map(Move::Lose),
+    ];
+    prop::collection::vec(one, 0..300)
+}
+
+/// What an honest caller sees; refuses every action that breaks a promise.
+#[derive(Default)]
+struct Model {
+    flying: BTreeSet<ChunkKey>,
+    present: BTreeSet<ChunkKey>,
+    waiting: BTreeMap<Ticket, Vec<ChunkKey>>,
+    removed: BTreeSet<BlobKey>,
+}
+
+impl Model {
+    fn check(&mut self, actions: &[Action]) {
+        for action in actions {
+            match *action {
+                Action::Fetch { chunk, .. } => {
+                    assert!(!self.removed.contains(&chunk.blob), "{chunk:?} of a removed blob");
+                    assert!(!self.present.contains(&chunk), "{chunk:?} is present");
+                    assert!(self.flying.insert(chunk), "{chunk:?} is in flight");
+                }
+                Action::Wake { ticket, outcome } => {
+                    let chunks = self.waiting.remove(&ticket).expect("a ticket is woken once");
+                    if outcome.is_ok() {
+                        assert!(chunks.iter().all(|chunk| self.present.contains(chunk)), "woken too early");
+                    }
+                }
+            }
+        }
+    }
+
+    fn bounds(&self, scheduler: &Scheduler) {
+        assert_eq!(scheduler.in_flight.len(), self.flying.len());
+        assert_eq!(scheduler.waiting(), self.waiting.len());
+        assert!(scheduler.demand_in_flight <= DEMAND_CHUNKS_MAX);
+        assert!(scheduler.read_ahead_in_flight <= READ_AHEAD_CHUNKS_MAX);
+        assert!(scheduler.read_ahead_in_flight_bytes <= READ_AHEAD_BYTES_MAX);
+        assert!(scheduler.queue.iter().collect::<BTreeSet<_>>().len() == scheduler.queue.len());
+        assert!(scheduler.waiters.keys().all(|chunk| self.flying.contains(chunk) || scheduler.queue.contains(chunk)));
+        assert_eq!(scheduler.counters().duplicates, 0);
+    }
+}
+
+fn nth<T: Copy>(set: &BTreeSet<T>, which: usize) -> Option<T> {
+    set.iter().nth(which.checked_rem(set.len())?).copied()
+}
+
+proptest! {
+    #[test]
+    fn promises_hold_in_every_history(moves in moves()) {
+        let mut rig = Rig::new(3, 128);
+        let mut model = Model::default();
+        for (number, one) in moves.into_iter().enumerate() {
+            let ticket = Ticket(number as u64);
+            let actions = match one {
+                Move::Demand(chunks) => {
+                    let chunks: Vec<ChunkKey> = chunks.into_iter().map(|(blob, chunk)| key(blob, chunk)).collect();
+                    model.waiting.insert(ticket, chunks.clone());
+                    rig.step(Event::Demand { ticket, chunks: &chunks })
+                }
+                Move::Touch(blob, chunk) => rig.step(Event::Touch { chunk: key(blob, chunk) }),
+                Move::Complete { which, well } => {
+                    let Some(chunk) = nth(&model.flying, which) else { continue };
+                    model.flying.remove(&chunk);
+                    if well {
+                        model.present.insert(chunk);
+                        rig.step(Event::Fetched { chunk })
+                    } else {
+                        rig.step(Event::Failed { chunk, errno: 5 })
+                    }
+                }
+                Move::Remove(blob) => {
+                    model.removed.insert(BlobKey(blob));
+                    rig.step(Event::RemoveBlob { blob: BlobKey(blob) })
+                }
+                Move::Lose(which) => {
+                    let Some(chunk) = nth(&model.present, which) else { continue };
+                    // A request that waits for others besides is woken all the same, and plans again.
+                    if model.waiting.values().flatten().any(|waited| *waited == chunk) {
+                        continue;
+                    }
+                    model.present.remove(&chunk);
+                    rig.step(Event::Lost { chunk })
+                }
+            };
+            model.check(&actions);
+            model.bounds(&rig.scheduler);
+        }
+        // Everything in flight lands: nobody is left waiting.
+        while let Some(chunk) = nth(&model.flying, 0) {
+            model.flying.remove(&chunk);
+            model.present.insert(chunk);
+            let actions = rig.step(Event::Fetched { chunk });
+            model.check(&actions);
+        }
+        prop_assert!(model.waiting.is_empty(), "left waiting: {:?}", model.waiting);
+        prop_assert!(rig.scheduler.waiters.is_empty() && rig.scheduler.queue.is_empty());
+    }
+}
