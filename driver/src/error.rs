@@ -117,6 +117,21 @@ impl Error {
         self.kind
     }
 
+    /// The error and its causes on one line, for a log or another process.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        let mut line = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let text = error.to_string();
+            if !line.contains(&text) {
+                line = format!("{line}: {text}");
+            }
+            cause = error.source();
+        }
+        line.replace('\n', " ")
+    }
+
     /// What a block request that met this error is answered with: a positive errno.
     #[must_use]
     pub fn errno(&self) -> i32 {
