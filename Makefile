@@ -1,0 +1,70 @@
+# Two commands need nothing but root and Rust on Debian or Ubuntu: `make test` and `make demo`. docs/testing.md says what they do.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+
+# One profile and one set of flags for everything: unit tests, end-to-end tests and the guests, which have no libraries, run the same
+# static artifacts, so dependencies are compiled once. Naming the target keeps the flags off build scripts and macros.
+TRIPLE := $(shell rustc -vV | sed -n 's/^host: //p')
+PROFILE := --locked --profile ci --target $(TRIPLE)
+BIN := $(abspath $(or $(CARGO_TARGET_DIR),target)/$(TRIPLE)/ci)
+export RUSTFLAGS := -Ctarget-feature=+crt-static
+export RUSTDOCFLAGS := -D warnings -Ctarget-feature=+crt-static
+export CARGO_TERM_PROGRESS_WHEN := never
+LANES := lanes
+
+.PHONY: build deps fmt clippy deny doc unit lanes lanes-full test test-full demo demo-vm uml-kernel clean-caches
+
+build: deps ## the binaries that tests and demos run
+	cargo build --workspace --bins $(PROFILE)
+
+deps: ## installs missing packages with apt
+	@tests/deps.sh
+
+fmt:
+	cargo fmt --all -- --check
+
+clippy: deps
+	cargo clippy --workspace --all-targets $(PROFILE) -- -D warnings
+
+# Without the advisory database: it is not among the things that a test may download.
+deny:
+	@if cargo deny --version >/dev/null 2>&1; then cargo deny --locked check bans licenses sources; \
+	else echo 'SKIP deny: no cargo-deny here (cargo install --locked cargo-deny)'; fi
+
+doc: deps
+	@tests/doc-links.sh
+	cargo doc --workspace --no-deps --document-private-items $(PROFILE)
+
+unit: deps
+	cargo test --workspace $(PROFILE)
+
+lanes: build ## tests on kernels with ublk, in guests where the host has none
+	@tests/vm/lanes.sh --bin $(BIN)
+
+lanes-full: build
+	@tests/vm/lanes.sh --bin $(BIN) --full
+
+# One after another, the quickest answer first; the lanes come last and end with their count.
+test: deps ## everything that must hold; under 25 minutes on two cores
+	@for step in fmt deny unit clippy doc; do \
+	  began=$$SECONDS; $(MAKE) --no-print-directory $$step; echo "== $$step: $$((SECONDS - began)) s"; \
+	done
+	@$(MAKE) --no-print-directory $(LANES)
+
+test-full: ## and what takes long: the whole demo image on the stock kernels
+	@$(MAKE) --no-print-directory test LANES=lanes-full
+
+demo: build ## a container from an image that is not here, pulled whole and pulled lazily
+	@tests/demo/build-image.sh
+	@$(BIN)/demo $(DEMO_FLAGS)
+
+demo-vm: build ## the same over /dev/ublkb0 in a User-Mode-Linux guest
+	@tests/demo/build-image.sh
+	@tests/demo/demo-vm.sh $(BIN) $(DEMO_FLAGS)
+
+uml-kernel: ## builds that guest's kernel; 8 minutes, once
+	@tests/vm/build-uml.sh target/vm/linux-uml
+
+clean-caches: ## the built image and kernels, which `cargo clean` removes too
+	rm -rf target/demo target/vm
