@@ -21,6 +21,8 @@ pub enum ErrorKind {
     Invalid,
     /// The answer is longer than the bound for its kind.
     TooLarge,
+    /// A valid image, but not one with EROFS layers: convert it.
+    NotOurs,
     /// A local file could not be read or written.
     Io,
 }
@@ -106,7 +108,7 @@ impl From<Error> for std::io::Error {
             ErrorKind::Unauthorized => std::io::ErrorKind::PermissionDenied,
             ErrorKind::Unavailable => std::io::ErrorKind::TimedOut,
             ErrorKind::Corrupt | ErrorKind::TooLarge => std::io::ErrorKind::InvalidData,
-            ErrorKind::Invalid => std::io::ErrorKind::InvalidInput,
+            ErrorKind::Invalid | ErrorKind::NotOurs => std::io::ErrorKind::InvalidInput,
             ErrorKind::Io => std::io::ErrorKind::Other,
         };
         Self::new(kind, error)

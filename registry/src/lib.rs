@@ -20,7 +20,9 @@
 #![forbid(unsafe_code)]
 
 mod blob;
+pub mod descriptor;
 mod digest;
+pub mod erofs_manifest;
 mod error;
 mod layout;
 mod options;
