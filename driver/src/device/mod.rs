@@ -17,8 +17,11 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::ServedImage;
 
+mod completion;
 pub mod fuse;
 pub mod ublk;
+pub(crate) mod ublk_control;
+mod ublk_queue;
 
 pub use fuse::{FuseDevice, PreparedFuse};
 pub use ublk::{PreparedUblk, UblkDevice};
