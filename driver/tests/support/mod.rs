@@ -1,0 +1,74 @@
+//! What the device tests share: images with known content, and where tests can run.
+
+use std::io::Write;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+pub(crate) const BLOCK_LEN: usize = 4096;
+
+/// The content of the test image: every block differs, and nothing is zero.
+pub(crate) fn block_content(block: u32) -> Vec<u8> {
+    let mut state = u64::from(block).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(BLOCK_LEN);
+    while bytes.len() < BLOCK_LEN {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&(state | 0x0101_0101_0101_0101).to_le_bytes());
+    }
+    bytes
+}
+
+/// Writes the content of `blocks` blocks.
+pub(crate) fn write_content(path: &Path, blocks: u32) {
+    let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
+    for block in 0..blocks {
+        file.write_all(&block_content(block)).unwrap();
+    }
+    file.flush().unwrap();
+}
+
+/// Opens a device so that every read reaches it.
+pub(crate) fn open_direct(path: &Path) -> std::fs::File {
+    std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).unwrap()
+}
+
+/// Bytes aligned for direct I/O.
+pub(crate) struct Aligned {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Aligned {
+    pub(crate) fn new(len: usize) -> Self {
+        let bytes = vec![0; len + BLOCK_LEN];
+        let start = bytes.as_ptr().align_offset(BLOCK_LEN);
+        Self { bytes, start, len }
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        &self.bytes[self.start..self.start + self.len]
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + self.len]
+    }
+}
+
+/// One direct read of whole blocks.
+pub(crate) fn read_blocks(file: &std::fs::File, start_block: u32, blocks: usize) -> std::io::Result<Vec<u8>> {
+    let mut buffer = Aligned::new(blocks * BLOCK_LEN);
+    file.read_exact_at(buffer.as_mut_slice(), u64::from(start_block) * BLOCK_LEN as u64)?;
+    Ok(buffer.as_slice().to_vec())
+}
+
+/// Waits for something that must happen soon.
+pub(crate) fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + limit;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
