@@ -80,6 +80,14 @@ impl Error {
         self
     }
 
+    /// Says how often it was tried, where that was more than once.
+    pub(crate) fn after_attempts(mut self, attempts: u32) -> Self {
+        if attempts > 1 {
+            self.message.push_str(&format!(" (gave up after {attempts} attempts)"));
+        }
+        self
+    }
+
     /// What went wrong, for a decision.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {

@@ -19,6 +19,7 @@
 
 #![forbid(unsafe_code)]
 
+mod auth;
 mod blob;
 pub mod descriptor;
 mod digest;
@@ -29,6 +30,8 @@ mod options;
 mod reference;
 mod remote;
 mod repository;
+mod retry;
+mod transport;
 
 pub use blob::{BlobReader, BlobSource};
 pub use digest::Digest;

@@ -1,49 +1,210 @@
-//! A repository in an OCI distribution registry.
-
-use std::ops::Range;
-use std::sync::Arc;
+//! A repository in an OCI distribution registry (OCI distribution spec 1.1).
+//!
+//! `call` sends a request to the registry's own host with its authorization; `get` also follows redirects, without it;
+//! everything else is built on the two. Reads of blobs are in `blob_read`, pushes in `push`.
 
 use bytes::Bytes;
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
+use reqwest::{Method, Response, StatusCode};
+use tokio::sync::Semaphore;
+use url::Url;
 
-use crate::blob::{BlobReader, BlobSource};
+use crate::MAX_MANIFEST_BYTES;
+use crate::auth::{Authenticator, Scope};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::options::ClientOptions;
-use crate::reference::Reference;
-use crate::repository::{Pushed, Resolved};
+use crate::reference::{Reference, host_of, is_loopback, is_tag};
+use crate::repository::Resolved;
+use crate::retry::{Backoff, Failure};
+use crate::transport::Transport;
+
+mod blob_read;
+mod push;
+mod routes;
+
+use routes::Routes;
+
+/// Requests of one repository at the same time. A link of 1 Gbit/s and 50 ms holds 6 MB, 24 chunks of 256 KiB; twice that and
+/// some for the rest is all that a link can use, and registries start to refuse far above it.
+pub(crate) const MAX_REQUESTS: usize = 64;
+/// A blob's address is one or two redirects away; more is a circle.
+const MAX_REDIRECTS: usize = 5;
+/// What a manifest may be: OCI's types first, docker's older ones for images that were never pushed again.
+const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
+    application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
+const DIGEST_HEADER: HeaderName = HeaderName::from_static("docker-content-digest");
 
 #[derive(Debug)]
-pub(crate) struct Remote {}
+pub(crate) struct Remote {
+    reference: Reference,
+    base: Url,
+    transport: Transport,
+    auth: Authenticator,
+    slots: Semaphore,
+    routes: Routes,
+}
 
 impl Remote {
-    pub(crate) fn new(reference: &Reference, _options: &ClientOptions) -> Result<Self> {
-        Err(Error::unavailable(format!("{}: registries cannot be reached yet", reference.registry())))
+    pub(crate) fn new(reference: &Reference, options: &ClientOptions) -> Result<Self> {
+        let authority = reference.api_authority();
+        let plain = options.plain_http || is_loopback(host_of(authority));
+        let address = format!("{}://{authority}/v2/{}/", if plain { "http" } else { "https" }, reference.repository());
+        let base = Url::parse(&address)
+            .map_err(|cause| Error::invalid(format!("{address} is no address")).with_source(cause))?;
+        Ok(Self {
+            transport: Transport::new(reference, &base, options)?,
+            auth: Authenticator::new(reference.registry(), reference.repository(), options.auth_file.as_deref()),
+            slots: Semaphore::new(MAX_REQUESTS),
+            routes: Routes::default(),
+            reference: reference.clone(),
+            base,
+        })
     }
+
     pub(crate) async fn resolve(&self) -> Result<Resolved> {
-        unreachable!()
+        let (name, what) = match (self.reference.digest(), self.reference.tag()) {
+            (Some(digest), _) => (digest.to_string(), format!("manifest {digest}")),
+            (None, tag) => {
+                let tag = tag.unwrap_or_default();
+                (tag.to_owned(), format!("tag {tag}"))
+            }
+        };
+        let (bytes, headers) = self.fetch_manifest(&name, &what, self.reference.digest()).await?;
+        let digest = Digest::of(&bytes);
+        let media_type = media_type(&headers, &bytes);
+        Ok(Resolved { digest, media_type, bytes })
     }
-    pub(crate) async fn manifest(&self, _digest: &Digest) -> Result<Bytes> {
-        unreachable!()
+
+    pub(crate) async fn manifest(&self, digest: &Digest) -> Result<Bytes> {
+        let (bytes, _) = self.fetch_manifest(&digest.to_string(), &format!("manifest {digest}"), Some(*digest)).await?;
+        Ok(bytes)
     }
-    pub(crate) async fn blob_range(&self, _digest: &Digest, _range: Range<u64>) -> Result<Bytes> {
-        unreachable!()
+
+    async fn fetch_manifest(&self, name: &str, what: &str, expected: Option<Digest>) -> Result<(Bytes, HeaderMap)> {
+        let mut backoff = self.backoff();
+        loop {
+            let slot = backoff.slot(&self.slots).await?;
+            let attempt = self.manifest_attempt(name, what, expected).await;
+            drop(slot);
+            match attempt {
+                Ok(manifest) => return Ok(manifest),
+                Err(failure) => backoff.wait(failure).await?,
+            }
+        }
     }
-    pub(crate) async fn blob(self: &Arc<Self>, _digest: Digest, _size_bytes: u64) -> Result<BlobReader> {
-        unreachable!()
-    }
-    pub(crate) async fn has_blob(&self, _digest: &Digest) -> Result<bool> {
-        unreachable!()
-    }
-    pub(crate) async fn push_blob(
+
+    async fn manifest_attempt(
         &self,
-        _digest: &Digest,
-        _size_bytes: u64,
-        _source: &BlobSource,
-        _mount_from: Option<&str>,
-    ) -> Result<Pushed> {
-        unreachable!()
+        name: &str,
+        what: &str,
+        expected: Option<Digest>,
+    ) -> Result<(Bytes, HeaderMap), Failure> {
+        let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(MANIFEST_TYPES))]);
+        let (response, _) = self.get(self.address(&format!("manifests/{name}"))?, headers).await?;
+        if response.status() != StatusCode::OK {
+            return Err(self.transport.refusal(response, what).await);
+        }
+        let headers = response.headers().clone();
+        let bytes = self.transport.body(response, MAX_MANIFEST_BYTES, what).await?;
+        let actual = Digest::of(&bytes);
+        let stated = headers.get(DIGEST_HEADER).and_then(|value| value.to_str().ok()).filter(|_| expected.is_none());
+        // A digest of another algorithm says nothing about ours.
+        let stated = stated.and_then(|stated| stated.parse().ok());
+        match expected.or(stated) {
+            Some(digest) if digest != actual => Err(Failure::suspect(Error::corrupt(format!(
+                "registry {} sends other bytes for {what}: digest {actual} instead of {digest}",
+                self.reference.registry()
+            )))),
+            _ => Ok((bytes, headers)),
+        }
     }
-    pub(crate) async fn push_manifest(&self, _media_type: &str, _bytes: Bytes, _tag: Option<&str>) -> Result<Digest> {
-        unreachable!()
+
+    /// Follows redirects; returns the answer and the address that gave it.
+    async fn get(&self, url: Url, headers: HeaderMap) -> Result<(Response, Url), Failure> {
+        let scope = Scope::pull(self.reference.repository());
+        let mut at = url;
+        let mut response = self.call(Method::GET, &at, headers.clone(), None, &scope).await?;
+        for _ in 0..MAX_REDIRECTS {
+            if !is_redirect(response.status()) {
+                return Ok((response, at));
+            }
+            at = self.location(&response, &at)?;
+            response = if self.transport.is_registry(&at) {
+                self.call(Method::GET, &at, headers.clone(), None, &scope).await?
+            } else {
+                self.transport.send(Method::GET, &at, headers.clone(), None).await?
+            };
+        }
+        let registry = self.reference.registry();
+        Err(Failure::suspect(Error::corrupt(format!("registry {registry} redirects in circles"))))
     }
+
+    /// One request to the registry's own host, with what it wants to see; once more when that was refused.
+    async fn call(
+        &self,
+        method: Method,
+        url: &Url,
+        headers: HeaderMap,
+        body: Option<Bytes>,
+        scope: &Scope,
+    ) -> Result<Response, Failure> {
+        let mut grant = self.auth.grant(&self.transport, scope).await?;
+        let mut renewed = false;
+        loop {
+            let mut headers = headers.clone();
+            if let Some(grant) = &grant {
+                grant.apply(&mut headers);
+            }
+            let response = self.transport.send(method.clone(), url, headers, body.clone()).await?;
+            if response.status() != StatusCode::UNAUTHORIZED {
+                return Ok(response);
+            }
+            if renewed {
+                return Err(self.auth.denied(grant.as_ref()).into());
+            }
+            grant = Some(self.auth.renew(&self.transport, scope, response.headers(), grant.as_ref()).await?);
+            renewed = true;
+        }
+    }
+
+    fn backoff(&self) -> Backoff {
+        Backoff::new(self.transport.options().retry_deadline)
+    }
+
+    fn address(&self, path: &str) -> Result<Url> {
+        self.base.join(path).map_err(|cause| Error::invalid(format!("{path} is no address")).with_source(cause))
+    }
+
+    /// Where an answer points to.
+    fn location(&self, response: &Response, from: &Url) -> Result<Url> {
+        let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
+        location.and_then(|location| from.join(location).ok()).ok_or_else(|| {
+            Error::corrupt(format!("{} answers {} without an address", self.transport.name(from), response.status()))
+        })
+    }
+
+    fn check_tag(tag: &str) -> Result<()> {
+        if is_tag(tag) { Ok(()) } else { Err(Error::invalid(format!("{tag:?} is not a tag"))) }
+    }
+}
+
+fn is_redirect(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
+/// The media type that the answer states; where it states none of use, the one inside the document.
+fn media_type(headers: &HeaderMap, bytes: &[u8]) -> String {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Typed {
+        media_type: Option<String>,
+    }
+    let stated = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let stated = stated.split(';').next().unwrap_or_default().trim();
+    if stated.starts_with("application/vnd.") {
+        return stated.to_owned();
+    }
+    let inside = serde_json::from_slice::<Typed>(bytes).ok().and_then(|document| document.media_type);
+    inside.unwrap_or_else(|| stated.to_owned())
 }

@@ -1,0 +1,239 @@
+//! Pushing blobs and manifests (OCI distribution spec, "Pushing blobs": POST then PUT).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::{StreamExt, TryStreamExt};
+use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::{Body, Method, Response, StatusCode};
+use tokio::time::{Instant, sleep};
+use tokio_util::io::ReaderStream;
+use url::Url;
+
+use super::{DIGEST_HEADER, Remote};
+use crate::auth::Scope;
+use crate::blob::BlobSource;
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::repository::Pushed;
+use crate::retry::Failure;
+
+/// An upload that broke is started again from its beginning; a blob that fails this often fails for a reason.
+const UPLOAD_ATTEMPTS: u32 = 3;
+/// Between the last byte and the answer the registry hashes and moves the blob: minutes for gigabytes on object storage.
+const COMMIT_TIME: Duration = Duration::from_secs(300);
+/// How often a running upload is looked at.
+const PROGRESS_CHECK: Duration = Duration::from_millis(250);
+const FILE_READ_BYTES: usize = 256 << 10;
+
+impl Remote {
+    pub(crate) async fn push_blob(
+        &self,
+        digest: &Digest,
+        size_bytes: u64,
+        source: &BlobSource,
+        mount_from: Option<&str>,
+    ) -> Result<Pushed> {
+        let mount_from = mount_from.filter(|from| *from != self.reference.repository());
+        let scope = Scope::push(self.reference.repository(), mount_from);
+        if self.blob_exists(digest, &scope).await? {
+            return Ok(Pushed::Existed);
+        }
+        check_size(digest, size_bytes, source).await?;
+        let mut backoff = self.backoff();
+        let mut attempts = 0;
+        loop {
+            let slot = backoff.slot(&self.slots).await?;
+            let attempt = self.upload(digest, size_bytes, source, mount_from, &scope).await;
+            drop(slot);
+            attempts += 1;
+            match attempt {
+                Ok(pushed) => return Ok(pushed),
+                Err(failure) if attempts == UPLOAD_ATTEMPTS => return Err(failure.error.after_attempts(attempts)),
+                Err(failure) => {
+                    // The upload itself may have taken longer than the deadline; what counts is their number.
+                    backoff.progressed();
+                    backoff.wait(failure).await?;
+                }
+            }
+        }
+    }
+
+    async fn upload(
+        &self,
+        digest: &Digest,
+        size_bytes: u64,
+        source: &BlobSource,
+        mount_from: Option<&str>,
+        scope: &Scope,
+    ) -> Result<Pushed, Failure> {
+        let what = format!("upload of blob {digest}");
+        let mut start = self.address("blobs/uploads/")?;
+        if let Some(from) = mount_from {
+            start.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", from);
+        }
+        let response = self.call(Method::POST, &start, empty(), Some(Bytes::new()), scope).await?;
+        match response.status() {
+            StatusCode::CREATED if mount_from.is_some() => return Ok(Pushed::Mounted),
+            StatusCode::ACCEPTED => {}
+            _ => return Err(self.transport.refusal(response, &what).await),
+        }
+        let mut place = self.location(&response, &start)?;
+        place.query_pairs_mut().append_pair("digest", &digest.to_string());
+        let response = self.send_blob(&place, size_bytes, source, scope).await?;
+        match response.status() {
+            StatusCode::CREATED | StatusCode::NO_CONTENT | StatusCode::ACCEPTED | StatusCode::OK => {
+                self.check_stored(digest, &response, &what)?;
+                Ok(Pushed::Uploaded)
+            }
+            // The session went with a restart of the registry.
+            StatusCode::NOT_FOUND => {
+                let failure = self.transport.refusal(response, &what).await;
+                Err(Failure::later(failure.error))
+            }
+            _ => Err(self.transport.refusal(response, &what).await),
+        }
+    }
+
+    async fn send_blob(
+        &self,
+        place: &Url,
+        size_bytes: u64,
+        source: &BlobSource,
+        scope: &Scope,
+    ) -> Result<Response, Failure> {
+        let mut headers = empty();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(size_bytes));
+        let grant = match self.transport.is_registry(place) {
+            true => self.auth.grant(&self.transport, scope).await?,
+            false => None,
+        };
+        if let Some(grant) = &grant {
+            grant.apply(&mut headers);
+        }
+        let sent = Arc::new(AtomicU64::new(0));
+        let body = body_of(source, Arc::clone(&sent)).await?;
+        let request = self.transport.start(Method::PUT, place, headers, Some(body));
+        let response = tokio::select! {
+            response = request => response?,
+            () = stalled(&sent, size_bytes, self.transport.options().idle_timeout) => {
+                let name = self.transport.name(place);
+                return Err(Failure::later(Error::unavailable(format!("{name} stopped taking an upload"))));
+            }
+        };
+        if response.status() == StatusCode::UNAUTHORIZED && self.transport.is_registry(place) {
+            // The token ended under way: the next upload has a new one.
+            self.auth.renew(&self.transport, scope, response.headers(), grant.as_ref()).await?;
+            return Err(Failure::later(self.auth.denied(grant.as_ref())));
+        }
+        Ok(response)
+    }
+
+    pub(crate) async fn push_manifest(&self, media_type: &str, bytes: Bytes, tag: Option<&str>) -> Result<Digest> {
+        tag.map_or(Ok(()), Self::check_tag)?;
+        let digest = Digest::of(&bytes);
+        let name = tag.map_or_else(|| digest.to_string(), str::to_owned);
+        let media_type = HeaderValue::from_str(media_type)
+            .map_err(|cause| Error::invalid(format!("{media_type:?} is not a media type")).with_source(cause))?;
+        let mut backoff = self.backoff();
+        loop {
+            let slot = backoff.slot(&self.slots).await?;
+            let attempt = self.put_manifest(&name, &media_type, &bytes, &digest).await;
+            drop(slot);
+            match attempt {
+                Ok(()) => return Ok(digest),
+                Err(failure) => backoff.wait(failure).await?,
+            }
+        }
+    }
+
+    async fn put_manifest(
+        &self,
+        name: &str,
+        media_type: &HeaderValue,
+        bytes: &Bytes,
+        digest: &Digest,
+    ) -> Result<(), Failure> {
+        let what = format!("manifest {name}");
+        let scope = Scope::push(self.reference.repository(), None);
+        let headers = HeaderMap::from_iter([(CONTENT_TYPE, media_type.clone())]);
+        let url = self.address(&format!("manifests/{name}"))?;
+        let response = self.call(Method::PUT, &url, headers, Some(bytes.clone()), &scope).await?;
+        match response.status() {
+            StatusCode::CREATED | StatusCode::OK | StatusCode::ACCEPTED => self.check_stored(digest, &response, &what),
+            _ => Err(self.transport.refusal(response, &what).await),
+        }
+    }
+
+    /// What the registry says that it stored must be what was sent.
+    fn check_stored(&self, digest: &Digest, response: &Response, what: &str) -> Result<(), Failure> {
+        let stated = response.headers().get(DIGEST_HEADER).and_then(|value| value.to_str().ok());
+        match stated.and_then(|stated| stated.parse::<Digest>().ok()) {
+            Some(stored) if stored != *digest => {
+                let registry = self.reference.registry();
+                let text = format!("registry {registry} stored {stored} instead of {digest}: {what}");
+                Err(Failure::suspect(Error::corrupt(text)))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn empty() -> HeaderMap {
+    HeaderMap::new()
+}
+
+/// Says early, and better than the registry, that a source has another size than announced.
+async fn check_size(digest: &Digest, size_bytes: u64, source: &BlobSource) -> Result<()> {
+    let actual_bytes = match source {
+        BlobSource::Bytes(bytes) => bytes.len() as u64,
+        BlobSource::File(path) => {
+            let metadata = tokio::fs::metadata(path).await;
+            metadata.map_err(|cause| Error::io(format_args!("reading {}", path.display()), cause))?.len()
+        }
+    };
+    if actual_bytes == size_bytes {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!("the source of blob {digest} has {actual_bytes} bytes instead of {size_bytes}")))
+}
+
+/// The body of an upload; `sent` counts what the connection took.
+async fn body_of(source: &BlobSource, sent: Arc<AtomicU64>) -> Result<Body> {
+    let pieces = match source {
+        BlobSource::Bytes(bytes) => {
+            let bytes = bytes.clone();
+            let starts = (0..bytes.len()).step_by(FILE_READ_BYTES);
+            let pieces = starts.map(move |start| Ok(bytes.slice(start..bytes.len().min(start + FILE_READ_BYTES))));
+            futures_util::stream::iter(pieces.collect::<Vec<_>>()).boxed()
+        }
+        BlobSource::File(path) => {
+            let file = tokio::fs::File::open(path).await;
+            let file = file.map_err(|cause| Error::io(format_args!("reading {}", path.display()), cause))?;
+            ReaderStream::with_capacity(file, FILE_READ_BYTES).boxed()
+        }
+    };
+    let counted = pieces.inspect_ok(move |piece: &Bytes| {
+        sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
+    });
+    Ok(Body::wrap_stream(counted))
+}
+
+/// Returns when nothing was sent for `limit`, or nothing was answered for long after the end.
+async fn stalled(sent: &AtomicU64, size_bytes: u64, limit: Duration) {
+    let (mut seen, mut since) = (0, Instant::now());
+    loop {
+        sleep(PROGRESS_CHECK.min(limit)).await;
+        let now = sent.load(Ordering::Relaxed);
+        if now != seen {
+            (seen, since) = (now, Instant::now());
+        }
+        let limit = if now >= size_bytes { COMMIT_TIME.max(limit) } else { limit };
+        if since.elapsed() >= limit {
+            return;
+        }
+    }
+}
