@@ -19,6 +19,8 @@ use crate::image::ServedImage;
 
 mod completion;
 pub mod fuse;
+mod fuse_file;
+pub(crate) mod loop_device;
 pub mod ublk;
 pub(crate) mod ublk_control;
 mod ublk_queue;
