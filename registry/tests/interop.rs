@@ -140,9 +140,10 @@ async fn manifests(repository: &Repository, layer: &Digest, size_bytes: u64) {
     assert_eq!(repository.manifest(&digest).await.unwrap(), manifest);
     let error = repository.manifest(&Digest::of(b"absent")).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
-    let error = repository.push_manifest(MANIFEST, Bytes::from_static(b"{}"), Some("bad")).await.unwrap_err();
+    let absent = String::from_utf8(manifest.to_vec()).unwrap().replace(&layer.hex(), &Digest::of(b"absent").hex());
+    let error = repository.push_manifest(MANIFEST, absent.into(), Some("bad")).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
-    println!("{error}");
+    assert!(error.to_string().contains("blob unknown to registry"), "{error}");
 }
 
 #[tokio::test]
