@@ -6,5 +6,6 @@ pub mod image;
 pub mod kernel;
 pub mod mounts;
 pub mod namespace;
+pub mod store;
 
 pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,168 @@
+//! The local cache: what has been fetched, and how much of it is to be believed after a crash.
+//!
+//! Three rules hold it together. *Data before bit*: nothing is said to be there before it is; see [`BlobFile`].
+//! *Whole or not at all*: small files are written beside their place and moved there. *Named by what vouches for it*: a
+//! blob file by the digest of its chunk index, an object by its own digest, so a forged index can never fill a file that
+//! another image reads. After `kill -9` nothing is forgotten; after a power cut the store may forget, it never lies.
+
+mod bitmap;
+mod bitmap_file;
+mod blob_file;
+mod layout;
+mod objects;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use parking_lot::Mutex;
+use ublkimg_image::Sha256;
+
+use self::bitmap_file::{BootId, Identity};
+pub use self::blob_file::BlobFile;
+use self::layout::Layout;
+pub use self::objects::OBJECT_BYTES_MAX;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long written blocks may wait for their sync: what a power cut makes the store forget. Long enough that a
+/// start-up's writes share a few syncs.
+const SYNC_DELAY: Duration = Duration::from_secs(2);
+
+/// Blob files that are open, by the digest of their chunk index. As many as images in use have layers, and those that
+/// wait for their last sync.
+type OpenBlobs = Mutex<BTreeMap<Sha256, Arc<BlobFile>>>;
+
+/// The store. One process owns it at a time.
+#[derive(Debug)]
+pub struct Store {
+    layout: Layout,
+    boot_id: BootId,
+    lock: Arc<File>,
+    blobs: Arc<OpenBlobs>,
+    wake_sync: Sender<()>,
+    /// Disconnected to stop the sync thread.
+    stop_sync: Option<Sender<()>>,
+    sync_thread: Option<JoinHandle<()>>,
+}
+
+impl Store {
+    /// Opens the store under `root`, which is made if it is missing.
+    ///
+    /// # Errors
+    /// `Busy` when another process owns it; `Io` and `NoSpace`.
+    pub fn open(root: &Path) -> Result<Self> {
+        Self::open_in_boot(root, BootId::current()?)
+    }
+
+    fn open_in_boot(root: &Path, boot_id: BootId) -> Result<Self> {
+        fs::create_dir_all(root).map_err(|error| Error::path("make directory", root, error))?;
+        let layout = Layout::new(root);
+        let lock = take_lock(&layout)?;
+        layout.prepare()?;
+        let blobs = Arc::new(OpenBlobs::default());
+        let (wake_sync, woken) = bounded(1);
+        let (stop_sync, stopped) = bounded(0);
+        let thread = std::thread::Builder::new().name("store-sync".to_owned());
+        let of_thread = Arc::clone(&blobs);
+        let sync_thread = thread.spawn(move || sync_loop(&of_thread, &woken, &stopped));
+        let sync_thread = sync_thread.map_err(|error| Error::io("start the store's sync thread", error))?;
+        Ok(Self {
+            layout,
+            boot_id,
+            lock: Arc::new(lock),
+            blobs,
+            wake_sync,
+            stop_sync: Some(stop_sync),
+            sync_thread: Some(sync_thread),
+        })
+    }
+
+    /// The file for the raw blocks that a chunk index vouches for. All who ask for the same share one.
+    ///
+    /// # Errors
+    /// `Invalid` when the file is open with another length; `Io` and `NoSpace`.
+    pub fn blob(&self, index: Sha256, raw_blocks: u32) -> Result<Arc<BlobFile>> {
+        // Held while a file is opened: two that open the same must not both look at its bitmaps.
+        let mut blobs = self.blobs.lock();
+        if let Some(blob) = blobs.get(&index) {
+            if blob.blocks() != raw_blocks {
+                let what = format!("blob file {index} has {} blocks, not {raw_blocks}", blob.blocks());
+                return Err(Error::new(ErrorKind::Invalid, what));
+            }
+            return Ok(Arc::clone(blob));
+        }
+        let identity = Identity { index, blocks: raw_blocks };
+        let paths = self.layout.blob(index);
+        let blob = BlobFile::open(paths, identity, self.boot_id, self.wake_sync.clone(), Arc::clone(&self.lock))?;
+        let blob = Arc::new(blob);
+        blobs.insert(index, Arc::clone(&blob));
+        // A full channel means that the thread is about to look anyway.
+        let _ = self.wake_sync.try_send(());
+        Ok(blob)
+    }
+
+    /// Makes durable what was written so far.
+    ///
+    /// # Errors
+    /// The first of the blob files' errors; see [`Store::blob`].
+    pub fn sync(&self) -> Result<()> {
+        sync_blobs(&self.blobs)
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.stop_sync = None;
+        if let Some(thread) = self.sync_thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the store's sync thread panicked");
+        }
+    }
+}
+
+fn take_lock(layout: &Layout) -> Result<File> {
+    let path = layout.lock();
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+    let file = file.map_err(|error| Error::path("open", &path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            Err(Error::new(ErrorKind::Busy, format!("{}: the store belongs to another process", path.display())))
+        }
+        Err(TryLockError::Error(error)) => Err(Error::path("lock", &path, error)),
+    }
+}
+
+/// Syncs a while after it was woken, and a last time when the store is closed.
+fn sync_loop(blobs: &OpenBlobs, woken: &Receiver<()>, stopped: &Receiver<()>) {
+    loop {
+        let stopping = crossbeam::select! {
+            recv(woken) -> _ => stopped.recv_timeout(SYNC_DELAY) != Err(RecvTimeoutError::Timeout),
+            recv(stopped) -> _ => true,
+        };
+        if let Err(error) = sync_blobs(blobs) {
+            tracing::warn!("store: what was fetched may be forgotten at a power cut: {}", error.chain());
+        }
+        if stopping {
+            return;
+        }
+        blobs.lock().retain(|_, blob| Arc::strong_count(blob) > 1 || blob.is_dirty());
+    }
+}
+
+fn sync_blobs(blobs: &OpenBlobs) -> Result<()> {
+    // Not under the lock: a sync takes as long as the disk does.
+    let dirty: Vec<_> = blobs.lock().values().filter(|blob| blob.is_dirty()).map(Arc::clone).collect();
+    let mut outcome = Ok(());
+    for blob in dirty {
+        outcome = outcome.and(blob.sync());
+    }
+    outcome
+}

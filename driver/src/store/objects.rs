@@ -1,0 +1,68 @@
+//! Small things kept whole: manifests and metadata blobs under their digests, metadata images under the digest of the
+//! blob that they were made from.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind as IoErrorKind, Write as _};
+use std::path::Path;
+
+use ublkimg_image::Sha256;
+
+use super::Store;
+use super::layout::replace_file;
+use crate::error::{Error, Result};
+
+/// The longest object: a metadata blob. 256 MiB of it compressed describe some ten million files.
+pub const OBJECT_BYTES_MAX: u64 = 256 << 20;
+
+impl Store {
+    /// Keeps an object, durably. The caller has checked that `bytes` have this digest.
+    ///
+    /// # Errors
+    /// `Io` and `NoSpace`.
+    pub fn put_object(&self, digest: Sha256, bytes: &[u8]) -> Result<()> {
+        replace_file(&self.layout.object(digest), true, |file| file.write_all(bytes))
+    }
+
+    /// An object, checked against its digest; `None` if it is not here, or not what it should be.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn object(&self, digest: Sha256) -> Result<Option<Vec<u8>>> {
+        let path = self.layout.object(digest);
+        let Some(file) = open_if_there(&path)? else { return Ok(None) };
+        let len_bytes = file.metadata().map_err(|error| Error::path("read", &path, error))?.len();
+        if len_bytes > OBJECT_BYTES_MAX {
+            return Ok(None);
+        }
+        let bytes = fs::read(&path).map_err(|error| Error::path("read", &path, error))?;
+        if Sha256::of(&bytes) != digest {
+            tracing::error!("store: object {digest} is damaged, and is taken for absent");
+            return Ok(None);
+        }
+        Ok(Some(bytes))
+    }
+
+    /// Keeps a metadata image as it is served, durably, under the digest of its blob.
+    ///
+    /// # Errors
+    /// `Io` and `NoSpace`.
+    pub fn put_metadata(&self, blob: Sha256, image: &[u8]) -> Result<()> {
+        replace_file(&self.layout.metadata(blob), true, |file| file.write_all(image))
+    }
+
+    /// A metadata image as it is served.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn metadata(&self, blob: Sha256) -> Result<Option<File>> {
+        open_if_there(&self.layout.metadata(blob))
+    }
+}
+
+fn open_if_there(path: &Path) -> Result<Option<File>> {
+    match File::open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == IoErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::path("open", path, error)),
+    }
+}
