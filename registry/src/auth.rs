@@ -119,10 +119,10 @@ impl Authenticator {
     ) -> Result<Grant, Failure> {
         let arrived = Instant::now();
         let mut state = self.state.lock().await;
-        if let Some(grant) = state.grants.get(scope) {
-            if refused.is_none_or(|refused| refused.header != grant.header) {
-                return Ok(grant.clone());
-            }
+        if let Some(grant) = state.grants.get(scope)
+            && refused.is_none_or(|refused| refused.header != grant.header)
+        {
+            return Ok(grant.clone());
         }
         let challenge = Challenge::of(headers).ok_or_else(|| {
             Error::unauthorized(format!("registry {} wants credentials of an unknown kind", self.registry))
@@ -158,10 +158,10 @@ impl Authenticator {
         scope: &Scope,
         challenge: &Challenge,
     ) -> Result<Grant, Failure> {
-        if let Some((at, kind, text, retry)) = &state.failed {
-            if *at > arrived {
-                return Err(Failure { error: Error::new(*kind, text.clone()), retry: *retry });
-            }
+        if let Some((at, kind, text, retry)) = &state.failed
+            && *at > arrived
+        {
+            return Err(Failure { error: Error::new(*kind, text.clone()), retry: *retry });
         }
         match self.fetch(transport, scope, challenge).await {
             Ok(grant) => {

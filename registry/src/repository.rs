@@ -189,3 +189,27 @@ where
         Err(stopped) => Err(Error::unavailable("the program is shutting down").with_source(stopped)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn send<T: Send>(_: &T) {}
+
+    /// Callers spawn these; what they hold must be able to move between threads.
+    #[tokio::test]
+    async fn futures_can_be_spawned() {
+        let options = ClientOptions::default();
+        let repository = Repository::open(&"oci:/nonexistent/layout".parse().unwrap(), &options).await.unwrap();
+        let digest = Digest::of(b"");
+        send(&repository.resolve());
+        send(&repository.manifest(&digest));
+        send(&repository.blob_range(&digest, 0..1));
+        send(&repository.has_blob(&digest));
+        send(&repository.push_blob(&digest, 0, BlobSource::Bytes(Bytes::new()), None));
+        send(&repository.push_manifest("", Bytes::new(), None));
+        let blob = repository.blob(&digest, 1);
+        send(&blob);
+        send(&blob.await.unwrap_err());
+    }
+}

@@ -1,4 +1,5 @@
 //! Against Debian's `docker-registry`, when it is installed.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::net::TcpListener;
 use std::path::Path;

@@ -114,10 +114,10 @@ impl CredentialFiles {
             {
                 return Ok(Some(found));
             }
-            if let Some(program) = file.creds_store.as_deref().filter(|program| !program.is_empty()) {
-                if let Some(found) = helper::get(program, &helper_key(registry)).await? {
-                    return Ok(Some(found));
-                }
+            if let Some(program) = file.creds_store.as_deref().filter(|program| !program.is_empty())
+                && let Some(found) = helper::get(program, &helper_key(registry)).await?
+            {
+                return Ok(Some(found));
             }
         }
         Ok(None)

@@ -88,7 +88,7 @@ fn the_usual_places_in_order() {
     let expected = ["/run/containers/auth.json", "/c/containers/auth.json", "/d/config.json"].map(PathBuf::from);
     let set = &[("HOME", "/h"), ("XDG_RUNTIME_DIR", "/run"), ("XDG_CONFIG_HOME", "/c"), ("DOCKER_CONFIG", "/d")];
     assert_eq!(variables(set), expected);
-    assert_eq!(variables(&[]), [PathBuf::new(); 0]);
+    assert!(variables(&[]).is_empty());
 }
 
 #[tokio::test]

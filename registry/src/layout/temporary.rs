@@ -1,12 +1,14 @@
 //! A file that gets its name when it is complete.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 
+/// More leftovers than this under successive names are no accident.
+const MAX_ATTEMPTS: u32 = 1000;
 static COUNTER: AtomicU64 = AtomicU64::new(0);
 
 /// A new file beside its future place, so that the rename stays inside one file system. Removed when dropped without a
@@ -19,16 +21,18 @@ pub(super) struct Temporary {
 
 impl Temporary {
     pub(super) fn create(dir: &Path) -> Result<Self> {
-        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let path = dir.join(format!(".ublkimg-{}-{number}.tmp", std::process::id()));
-        let file = match OpenOptions::new().write(true).create_new(true).open(&path) {
-            // Left by a dead process of the same id, perhaps in another pid namespace that shares this directory.
-            Err(cause) if cause.kind() == std::io::ErrorKind::AlreadyExists => {
-                return if number < u64::from(u16::MAX) { Self::create(dir) } else { Err(writing(&path, cause)) };
+        let mut attempts = 0;
+        loop {
+            let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+            let path = dir.join(format!(".ublkimg-{}-{number}.tmp", std::process::id()));
+            attempts += 1;
+            match OpenOptions::new().write(true).create_new(true).open(&path) {
+                Ok(file) => return Ok(Self { file, path }),
+                // Left by a dead process of the same id, or that of another container which shares this directory.
+                Err(cause) if cause.kind() == ErrorKind::AlreadyExists && attempts < MAX_ATTEMPTS => {}
+                Err(cause) => return Err(writing(&path, cause)),
             }
-            other => other.map_err(|cause| writing(&path, cause))?,
-        };
-        Ok(Self { file, path })
+        }
     }
 
     pub(super) fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
@@ -46,7 +50,7 @@ impl Temporary {
     pub(super) fn persist_new(self, place: &Path) -> Result<()> {
         self.file.sync_all().map_err(|cause| writing(place, cause))?;
         match fs::hard_link(&self.path, place) {
-            Err(cause) if cause.kind() != std::io::ErrorKind::AlreadyExists => Err(writing(place, cause)),
+            Err(cause) if cause.kind() != ErrorKind::AlreadyExists => Err(writing(place, cause)),
             _ => sync_parent(place),
         }
     }

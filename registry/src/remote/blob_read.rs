@@ -63,9 +63,9 @@ impl Remote {
         }
         match response.status() {
             StatusCode::NOT_FOUND => Ok(false),
-            // A redirect to the storage is given for what is there. An empty blob has no range.
-            status if status.is_success() || super::is_redirect(status) => Ok(true),
+            // An empty blob has no range; a redirect to the storage is given for what is there.
             StatusCode::RANGE_NOT_SATISFIABLE => Ok(true),
+            status if status.is_success() || super::is_redirect(status) => Ok(true),
             _ => Err(self.transport.refusal(response, &format!("blob {digest}")).await),
         }
     }

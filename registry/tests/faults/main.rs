@@ -1,0 +1,11 @@
+//! The client against a scripted registry that misbehaves in one way at a time.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod auth;
+mod fake;
+mod manifest;
+mod push;
+mod range;
+mod redirect;
+mod tls;
+mod whole;
