@@ -1,6 +1,31 @@
-//! [`Tree`](crate::Tree)s as EROFS metadata.
+//! [`Tree`]s as EROFS metadata, and back.
+//!
+//! EROFS is the read-only file system of Linux. An image here is its plainest form: no compression, only features that
+//! Linux 5.15 has (the device table: 5.16), so that any kernel since then mounts it. All metadata lies in one run at
+//! the front, the data after it:
+//!
+//! ```text
+//! block 0: zero | superblock | device table (merged images) ... | inodes | directory blocks | data
+//!          0     1024         1152                       ^ root, at a block boundary
+//! ```
+//!
+//! The metadata is fetched whole before anything is mounted, so it must be small: bytes of regular files are never
+//! among it. Where data lies is up to the caller; the writer only checks that it exists. The same tree gives the same
+//! bytes: no clock, no random numbers, the uuid is a hash of the rest.
+//!
+//! `format` has the structures, `directory` and `xattr` the variable parts, `address` the block addresses, `plan` the
+//! layout; `writer` and `reader` are mirror images on top of them. The reader takes only what the writer makes; other
+//! producers' images are refused where they use more (compact inodes, inline file data, shared xattrs, compression).
 
-use crate::{Error, Result, Sha256, Tree};
+mod address;
+mod directory;
+mod format;
+mod plan;
+mod reader;
+mod writer;
+mod xattr;
+
+use crate::{BLOCK_SIZE, Error, MAX_BLOCKS, Result, Sha256, Tree};
 
 /// An entry of the device table, for [`write_merged`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,8 +63,8 @@ pub struct DeviceGeometry {
 ///
 /// # Errors
 /// `Invalid` for names, targets, xattrs or addresses that cannot be; `TooLarge` for what does not fit the format.
-pub fn write_layer(_tree: &Tree, _own_data_blocks: u32) -> Result<Vec<u8>> {
-    Err(Error::unsupported("EROFS", "the writer is not there yet"))
+pub fn write_layer(tree: &Tree, own_data_blocks: u32) -> Result<Vec<u8>> {
+    writer::write_layer(tree, own_data_blocks)
 }
 
 /// Writes the metadata of a merged image: whole blocks. Addresses in `tree` are in
@@ -48,8 +73,8 @@ pub fn write_layer(_tree: &Tree, _own_data_blocks: u32) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// As [`write_layer`].
-pub fn write_merged(_tree: &Tree, _devices: &[DeviceSlot]) -> Result<Vec<u8>> {
-    Err(Error::unsupported("EROFS", "the writer is not there yet"))
+pub fn write_merged(tree: &Tree, devices: &[DeviceSlot]) -> Result<Vec<u8>> {
+    writer::write_merged(tree, devices)
 }
 
 /// Reads metadata: all blocks of it and nothing after them. Data addresses of a layer image come back in
@@ -57,15 +82,23 @@ pub fn write_merged(_tree: &Tree, _devices: &[DeviceSlot]) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// `Corrupt` if the bytes break the format, `Unsupported` if they use a feature that the writer does not.
-pub fn read_tree(_metadata: &[u8]) -> Result<(Tree, Geometry)> {
-    Err(Error::unsupported("EROFS", "the reader is not there yet"))
+pub fn read_tree(metadata: &[u8]) -> Result<(Tree, Geometry)> {
+    reader::read_tree(metadata)
 }
 
 /// Block 0 as a device serves it: without the device table, with the length of the whole flat device, with a new
 /// checksum. So one path mounts on every kernel (a flat device with a table fails on 6.1).
 ///
 /// # Errors
-/// `Corrupt` if `block0` is not a superblock of ours.
-pub fn flat_block0(_block0: &[u8; 4096], _total_blocks: u32) -> Result<[u8; 4096]> {
-    Err(Error::unsupported("EROFS", "the writer is not there yet"))
+/// `Corrupt` or `Unsupported` if `block0` has no superblock of ours; `Invalid` if `total_blocks` is less than that
+/// superblock has, or more than [`MAX_BLOCKS`].
+pub fn flat_block0(block0: &[u8; BLOCK_SIZE], total_blocks: u32) -> Result<[u8; BLOCK_SIZE]> {
+    let superblock = format::Superblock::decode(block0)?;
+    if !(superblock.blocks..=MAX_BLOCKS).contains(&total_blocks) {
+        let detail = format!("a device of {total_blocks} blocks for an image of {}", superblock.blocks);
+        return Err(Error::invalid(format::PART, detail));
+    }
+    let mut block0 = *block0;
+    format::flatten(&mut block0, total_blocks);
+    Ok(block0)
 }
