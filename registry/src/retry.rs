@@ -140,7 +140,7 @@ mod tests {
                 Err(error) => break error,
             }
         };
-        assert!(started.elapsed() <= Duration::from_millis(900), "{:?}", started.elapsed());
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
         assert!((2..=5).contains(&attempts), "{attempts}");
         assert_eq!(error.to_string(), format!("down (gave up after {attempts} attempts)"));
     }
@@ -148,11 +148,11 @@ mod tests {
     #[tokio::test]
     async fn answers_and_long_waits_end_it_at_once() {
         let started = Instant::now();
-        let mut backoff = Backoff::new(Duration::from_secs(3));
+        let mut backoff = Backoff::new(Duration::from_secs(30));
         assert_eq!(backoff.wait(Error::not_found("gone").into()).await.unwrap_err().to_string(), "gone");
         assert!(Backoff::new(Duration::ZERO).wait(later(None)).await.is_err());
-        assert!(backoff.wait(later(Some(Duration::from_secs(10)))).await.is_err(), "beyond the deadline");
-        assert!(started.elapsed() < Duration::from_secs(1));
+        assert!(backoff.wait(later(Some(Duration::from_secs(50)))).await.is_err(), "beyond the deadline");
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     }
 
     #[tokio::test]

@@ -117,4 +117,11 @@ mod tests {
         assert_eq!(Challenge::of(&headers), Some(bearer("y", None, &[])));
         assert_eq!(Challenge::of(&HeaderMap::new()), None);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_header_is_parsed(text in "([ -~\u{e9}]|Bearer |realm=|\"|,){0,40}") {
+            let _ = parse(&text);
+        }
+    }
 }

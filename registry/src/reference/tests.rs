@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 
 const HEX: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
@@ -105,5 +107,31 @@ fn loopback_hosts() {
         ("10.0.0.1:5000", false),
     ] {
         assert_eq!(is_loopback(host_of(authority)), expected, "{authority}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_parses_round_trips(text in "(oci:)?[a-z0-9:/.@_A-]{0,40}(@sha256:[0-9a-f]{64})?") {
+        if let Ok(location) = text.parse::<Location>() {
+            let shown = location.to_string();
+            prop_assert_eq!(shown.parse::<Location>().unwrap(), location, "{}", shown);
+        }
+    }
+
+    #[test]
+    fn any_text_is_parsed_or_refused(text in ".*") {
+        let _ = text.parse::<Location>();
+        let _ = format!("oci:{text}").parse::<Location>();
+        let _ = text.parse::<Digest>();
+    }
+
+    #[test]
+    fn references_make_one_address(text in "[ -~]{0,60}") {
+        if let Ok(reference) = text.parse::<Reference>() {
+            let path = format!("/v2/{}/manifests/", reference.repository());
+            let url = url::Url::parse(&format!("https://{}{path}", reference.api_authority())).unwrap();
+            prop_assert_eq!(url.path(), path, "nothing in a name is more than a name");
+        }
     }
 }

@@ -341,4 +341,13 @@ mod tests {
             assert_eq!(parse_content_range(text), None, "{text}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_content_range_is_parsed_or_refused(text in "(bytes )?[0-9*/-]{0,50}") {
+            if let Some(range) = parse_content_range(&text) {
+                proptest::prop_assert!(range.start < range.end);
+            }
+        }
+    }
 }

@@ -123,16 +123,19 @@ impl Fake {
     }
 }
 
-/// Short limits and nobody's credentials.
+/// Nobody's credentials, and limits that a busy machine does not reach.
 pub(crate) fn options() -> ClientOptions {
     ClientOptions {
         auth_file: Some("/dev/null".into()),
-        connect_timeout: Duration::from_millis(500),
-        response_timeout: Duration::from_millis(500),
-        idle_timeout: Duration::from_millis(400),
-        retry_deadline: Duration::from_secs(5),
+        retry_deadline: Duration::from_secs(20),
         ..ClientOptions::default()
     }
+}
+
+/// The same with limits that a test can wait for.
+pub(crate) fn hasty() -> ClientOptions {
+    let short = Duration::from_millis(400);
+    ClientOptions { connect_timeout: short, response_timeout: short, idle_timeout: short, ..options() }
 }
 
 /// A blob and its digest.

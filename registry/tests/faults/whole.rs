@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use ublkimg_registry::{BlobSource, ClientOptions, Digest, Error, ErrorKind, Location, Repository};
 
-use crate::fake::{Answer, Fake, Seen, Then, answer, blob, options, partial, range_of};
+use crate::fake::{Answer, Fake, Seen, Then, answer, blob, hasty, options, partial, range_of};
 
 const LEN: usize = 1_000_000;
 
@@ -15,7 +15,7 @@ async fn read(
 ) -> (Result<Vec<u8>, Error>, Fake) {
     let (bytes, digest) = blob(LEN);
     let fake = Fake::start(move |request, number| handler(request, number, &bytes)).await;
-    let repository = fake.open(&options()).await;
+    let repository = fake.open(&hasty()).await;
     (read_from(&repository, &digest, LEN as u64).await, fake)
 }
 
