@@ -86,6 +86,15 @@ pub fn list() -> Result<Vec<Mount>> {
     read_table(path).map_err(|error| Error::path("read", path, error))
 }
 
+/// The topmost mount at a directory, in the namespace of this process; none when nothing is mounted exactly there.
+///
+/// # Errors
+/// When `/proc` or the directory cannot be read. A directory on a device that does not answer can block.
+pub fn at(directory: &Path) -> Result<Option<Mount>> {
+    let real = directory.canonicalize().map_err(|error| Error::path("find", directory, error))?;
+    Ok(list()?.into_iter().rfind(|mount| mount.mount_point == real))
+}
+
 /// Every mount namespace that has a process and in which the device is mounted, by pid. Namespaces that are kept alive by
 /// a file only (`ip netns` style) cannot be seen; a device mounted there stays busy.
 ///
@@ -254,6 +263,12 @@ mod tests {
     fn this_process_has_a_root_and_holds_its_device() {
         let root = list().unwrap().into_iter().rfind(|mount| mount.mount_point == Path::new("/")).unwrap();
         assert!(holders(root.device).unwrap().iter().any(|holder| holder.mount_points.contains(&PathBuf::from("/"))));
+    }
+
+    #[test]
+    fn what_is_mounted_at_a_directory() {
+        assert_eq!(at(Path::new("/proc/")).unwrap().unwrap().fs_type, "proc");
+        assert_eq!(at(Path::new("/proc/self/task")).unwrap(), None);
     }
 
     #[test]

@@ -5,10 +5,10 @@
 //! ```
 //! The file system is mounted below the run directory, in the server's own mount namespace: nobody else sees it. Both
 //! kernel objects go with the process. The loop device clears itself when its last user closes it; while an image is still
-//! mounted on it, it stays, and reads fail until that mount is gone. What can remain after `kill -9` is an empty
-//! directory.
+//! mounted on it, it stays, and reads fail until that mount is gone. What remains after `kill -9` is an empty directory.
 
 use std::fs::{DirBuilder, File};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -73,12 +73,14 @@ impl PreparedFuse {
         ];
         config.n_threads = Some(SESSION_THREADS);
         let session = Session::new(file_system, mount_point, &config).map_err(failed)?;
+        let connection = session.as_fd().try_clone_to_owned().map_err(failed)?;
         let session = session.spawn().map_err(failed)?;
-        let served = Served { session, replies, mount_point: mount_point.clone() };
+        let mut served = Served { session, replies, mount_point: mount_point.clone(), connection };
         let path = mount_point.join(FILE_NAME);
         let attached = File::open(&path)
             .map_err(|error| Error::path("open", &path, error))
-            .and_then(|file| LoopDevice::attach(&file));
+            .and_then(|file| LoopDevice::attach(&file))
+            .and_then(|device| served.outlive(&device).map(|()| device).map_err(failed));
         match attached {
             Ok(device) => Ok(FuseDevice { path: device.path().to_owned(), device, served }),
             Err(error) => {
@@ -133,6 +135,7 @@ struct Served {
     session: BackgroundSession,
     replies: ReplyPool,
     mount_point: PathBuf,
+    connection: OwnedFd,
 }
 
 impl std::fmt::Debug for Served {
@@ -142,6 +145,14 @@ impl std::fmt::Debug for Served {
 }
 
 impl Served {
+    /// Lets the kernel abort the connection before it clears the loop device when this process is killed. Otherwise the
+    /// loop device would wait for a read that nobody answers any more, and the process would never end. The kernel closes
+    /// files in the order of their numbers and finishes the last one first, so our last number must be the higher one.
+    fn outlive(&mut self, device: &LoopDevice) -> std::io::Result<()> {
+        self.connection = rustix::io::fcntl_dupfd_cloexec(&self.connection, device.as_raw_fd() + 1)?;
+        Ok(())
+    }
+
     /// Aborts the connection, which ends the session threads whoever holds the file; then waits for them.
     fn end(self) -> Result<()> {
         self.replies.stop_waiting();

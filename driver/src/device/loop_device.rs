@@ -127,12 +127,14 @@ impl LoopDevice {
 
     /// Lets go of it. True when nobody else holds it: it is free again. Otherwise that happens when they close it.
     pub(super) fn detach(self) -> bool {
-        // SAFETY: the command takes no argument. An error means that somebody was faster.
-        let _ = unsafe { libc::ioctl(self.file.as_raw_fd(), LOOP_CLR_FD) };
+        // Once free, it may be anybody's: it is ours as long as it names our file.
         let backing = self.attribute("backing_file");
+        let ours = std::fs::read(&backing).ok();
+        // SAFETY: the command takes no argument. Autoclear does the same when the last user closes it.
+        let _ = unsafe { libc::ioctl(self.file.as_raw_fd(), LOOP_CLR_FD) };
         drop(self.file);
         let deadline = Instant::now() + RELEASE_TIMEOUT;
-        while backing.exists() {
+        while ours.is_some() && std::fs::read(&backing).ok() == ours {
             if Instant::now() >= deadline {
                 return false;
             }
@@ -150,6 +152,12 @@ impl LoopDevice {
         if std::fs::read_to_string(self.attribute("dio")).is_ok_and(|dio| dio.trim() == "0") {
             tracing::warn!(device = %self.path.display(), "the kernel refuses direct I/O: reads wait for each other");
         }
+    }
+}
+
+impl AsRawFd for LoopDevice {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
     }
 }
 

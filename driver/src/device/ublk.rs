@@ -155,12 +155,16 @@ impl PreparedUblk {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::Busy`] when its server still lives after 30 s; [`ErrorKind::Invalid`] when
-    /// the device is not one of ours or the image has another length.
+    /// the device is not one of ours, was never started, or has another length than the image.
     pub fn recover(image: Arc<ServedImage>, id: u32) -> Result<Self> {
         let mut control = Control::open()?;
         let info = control.info(id)?;
         if info.flags & FLAGS != FLAGS || info.nr_hw_queues != 1 {
             return Err(Error::new(ErrorKind::Invalid, format!("ublk device {id} was not made by this program")));
+        }
+        if DeviceState::from(info.state) == DeviceState::Dead {
+            let what = format!("ublk device {id} was never started, or is stopped: delete it and add a new one");
+            return Err(Error::new(ErrorKind::Invalid, what));
         }
         check_len(id, &image)?;
         control.start_recovery(id)?;
