@@ -1,5 +1,7 @@
 //! The FUSE file on a loop device, against the kernel of this machine.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod support;
 
 use std::path::Path;

@@ -1,5 +1,7 @@
 //! The ublk device against a real kernel: on the host where it has `/dev/ublk-control`, else in a guest.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod support;
 
 use std::path::Path;

@@ -134,7 +134,7 @@ pub fn features() -> Result<u64> {
 pub struct PreparedUblk {
     id: u32,
     recovering: bool,
-    device: Option<UblkDev>,
+    device: Option<Box<UblkDev>>,
     image: Arc<ServedImage>,
 }
 
@@ -148,7 +148,7 @@ impl PreparedUblk {
         drop(Control::open()?);
         let device_len_bytes = u64::from(image.total_blocks()) * u64::from(BLOCK_SIZE_BYTES);
         let device = with_deadline("ADD_DEV", move || add_device(device_len_bytes), discard)??;
-        Ok(Self { id: device.dev_info.dev_id, recovering: false, device: Some(device), image })
+        Ok(Self { id: device.dev_info.dev_id, recovering: false, device: Some(Box::new(device)), image })
     }
 
     /// Begins to take over a device whose server died.
@@ -171,7 +171,7 @@ impl PreparedUblk {
         let device_len_bytes = u64::from(image.total_blocks()) * u64::from(BLOCK_SIZE_BYTES);
         let open = move || open_device(id, info.queue_depth, info.max_io_buf_bytes, device_len_bytes);
         let device = with_deadline("GET_DEV_INFO", open, drop)??;
-        Ok(Self { id, recovering: true, device: Some(device), image })
+        Ok(Self { id, recovering: true, device: Some(Box::new(device)), image })
     }
 
     /// N of `/dev/ublkbN`.
@@ -191,7 +191,7 @@ impl PreparedUblk {
         };
         let mut control = Control::open()?;
         let params = device.tgt.params;
-        let started = spawn_queue(device, Arc::clone(&self.image)).and_then(|serving| {
+        let started = spawn_queue(*device, Arc::clone(&self.image)).and_then(|serving| {
             if self.recovering {
                 control.end_recovery(id)?;
             } else {

@@ -200,7 +200,7 @@ impl Queue<'_> {
                     return Err(libc::EIO);
                 }
                 errno if (errno == -libc::EINTR || errno == -libc::EAGAIN) && retries < READ_RETRIES_MAX => {
-                    retries += 1
+                    retries += 1;
                 }
                 errno => {
                     let error = std::io::Error::from_raw_os_error(-errno);

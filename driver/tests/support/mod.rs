@@ -1,5 +1,7 @@
 //! What the device tests share: images with known content, and where tests can run.
 
+#![allow(dead_code, reason = "each test uses its part")]
+
 use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
