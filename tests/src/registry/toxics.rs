@@ -1,0 +1,107 @@
+//! The layer that applies the faults to requests and answers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::header::{CONTENT_RANGE, RANGE, RETRY_AFTER};
+use axum::http::{HeaderValue, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
+
+use super::answer::fix_length;
+use super::connection::{ConnectionHandle, End};
+use super::faults::{Faults, Toxic};
+use super::range::ContentRange;
+
+/// Applies what [`Faults::meet`] says: on the way in the toxics that answer or hold back, on the way out those that
+/// spoil the answer.
+pub(crate) async fn layer(
+    State(faults): State<Arc<Faults>>,
+    ConnectInfo(connection): ConnectInfo<ConnectionHandle>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let met = faults.meet(request.method().as_str(), request.uri().path());
+    for (name, toxic) in &met {
+        match toxic {
+            Toxic::Latency { latency_ms } => tokio::time::sleep(Duration::from_millis(*latency_ms)).await,
+            Toxic::Hang => faults.until_over(name).await,
+            Toxic::Status { code } => {
+                return StatusCode::from_u16(*code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR).into_response();
+            }
+            Toxic::TooManyRequests { retry_after_s } => {
+                return (StatusCode::TOO_MANY_REQUESTS, [(RETRY_AFTER, retry_after_s.to_string())]).into_response();
+            }
+            Toxic::IgnoreRange => drop(request.headers_mut().remove(RANGE)),
+            _ => (),
+        }
+    }
+    let mut response = fix_length(next.run(request).await);
+    for (_, toxic) in &met {
+        response = match toxic {
+            Toxic::ShortBody { after_bytes } => cut(response, *after_bytes, connection.clone(), End::Close),
+            Toxic::Reset { after_bytes } => cut(response, *after_bytes, connection.clone(), End::Reset),
+            Toxic::WrongContentRange => shift_content_range(response),
+            Toxic::BitFlip { offset_bytes } => flip_bit(response, *offset_bytes),
+            _ => response,
+        };
+    }
+    response
+}
+
+/// The body stops after `after_bytes`, and the connection ends.
+fn cut(response: Response, after_bytes: u64, connection: ConnectionHandle, end: End) -> Response {
+    let (parts, body) = response.into_parts();
+    let whole = body.into_data_stream();
+    let frames = futures_util::stream::try_unfold((whole, after_bytes), move |(mut whole, left)| {
+        let connection = connection.clone();
+        async move {
+            if left > 0
+                && let Some(frame) = whole.next().await
+            {
+                let frame = frame?;
+                let frame = frame.slice(..frame.len().min(usize::try_from(left).unwrap_or(usize::MAX)));
+                let left = left - frame.len() as u64;
+                return Ok::<_, axum::Error>(Some((frame, (whole, left))));
+            }
+            connection.end(end);
+            std::future::pending().await
+        }
+    });
+    Response::from_parts(parts, Body::from_stream(frames))
+}
+
+fn shift_content_range(mut response: Response) -> Response {
+    if let Some(range) = ContentRange::of(response.headers()) {
+        let shifted = ContentRange { start: range.start + 1, end: range.end + 1, ..range };
+        if let Ok(value) = HeaderValue::from_str(&shifted.to_string()) {
+            response.headers_mut().insert(CONTENT_RANGE, value);
+        }
+    }
+    response
+}
+
+fn flip_bit(response: Response, offset_bytes: u64) -> Response {
+    let start = ContentRange::of(response.headers()).map_or(0, |range| range.start);
+    let (parts, body) = response.into_parts();
+    let frames = body.into_data_stream().scan(start, move |position, frame| {
+        let frame = frame.map(|frame| {
+            let at = offset_bytes.checked_sub(*position).and_then(|at| usize::try_from(at).ok());
+            *position += frame.len() as u64;
+            flipped(frame, at)
+        });
+        std::future::ready(Some(frame))
+    });
+    Response::from_parts(parts, Body::from_stream(frames))
+}
+
+fn flipped(frame: Bytes, at: Option<usize>) -> Bytes {
+    let Some(at) = at.filter(|at| *at < frame.len()) else { return frame };
+    let mut frame = BytesMut::from(frame);
+    frame[at] ^= 1;
+    frame.freeze()
+}
