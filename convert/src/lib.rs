@@ -1,1 +1,42 @@
-//! ublkimg convert.
+//! From container image layers to layer blobs and a merged metadata image.
+//!
+//! [`convert`] reads an image from a registry, an OCI layout, an archive or a directory, and pushes the same image in a
+//! form that can be served lazily: one layer blob for each layer, one metadata blob for all of them, a manifest and an
+//! index. Per layer the bytes flow once, front to back, with bounded memory:
+//!
+//! ```text
+//! source ─► SHA-256 ─► gunzip/unzstd ─► SHA-256 ─► tar ─► tree ────────► EROFS metadata ─┐
+//!           (digest)                    (diff id)   └──► contents: spool file ─► chunks ─┴─► zstd frames ─► blob ─► push
+//! ```
+//! Then the trees of all layers, read back from their metadata, are merged, and the tag moves last. Everything on disk
+//! on the way is in files without a name, so an error or a kill leaves nothing behind; blobs that were pushed already
+//! are referred to by nothing.
+//!
+//! **Nothing is guessed.** A layer must have the digest that the manifest and the config say, and an archive that can be
+//! read in two ways is an error. **Same input, same bytes:** no clock, no randomness, no map order, no number of threads
+//! shows in what is pushed.
+
+#![forbid(unsafe_code)]
+
+mod blob;
+mod compression;
+mod config;
+mod convert;
+mod error;
+mod export;
+mod frames;
+mod hashing;
+mod layer;
+mod merge;
+mod path;
+mod place;
+mod progress;
+mod source;
+mod spool;
+mod tar;
+
+pub use convert::{Options, Summary, convert};
+pub use error::{Error, ErrorKind, Result};
+pub use export::export;
+pub use progress::{NoProgress, Phase, Progress, Task};
+pub use source::Source;

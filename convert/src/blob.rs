@@ -1,0 +1,153 @@
+//! Layer blobs and the metadata blob: frames between skippable frames.
+//!
+//! ```text
+//! layer blob:    [skippable: merge record][frame: chunk 0]..[frame: chunk n-1][skippable: chunk index]
+//! metadata blob: [frame: chunk 0]..[frame: chunk n-1][skippable: bundle]
+//! ```
+//! The chunks of a layer blob are its metadata, cut every 256 KiB, then its data as [`place`](crate::place) planned it;
+//! decompressed they are one EROFS image. Blobs are written to files without a name.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::ops::Range;
+use std::os::fd::AsRawFd as _;
+use std::path::{Path, PathBuf};
+
+use sha2::Digest as _;
+use ublkimg_image::zstd_frame::skippable;
+use ublkimg_image::{
+    BLOCK_SIZE, Bundle, ChunkIndex, ChunkIndexBuilder, MergeRecord, Sha256, SkippableKind, write_layer,
+};
+
+use crate::error::{Error, Result};
+use crate::frames::{Compress, compress};
+use crate::hashing::finish;
+use crate::layer::Layer;
+use crate::place::place;
+use crate::spool::{PIECE_BYTES, Spool};
+
+/// Bytes written to a blob's file at once.
+const WRITE_BYTES: usize = 1 << 20;
+
+/// A finished blob in a file without a name.
+#[derive(Debug)]
+pub(crate) struct Blob {
+    file: File,
+    pub(crate) digest: Sha256,
+    pub(crate) size_bytes: u64,
+    /// Digest of what it decompresses to.
+    pub(crate) uncompressed_digest: Sha256,
+    /// Where its last frame, a skippable one, is.
+    pub(crate) trailer: Range<u64>,
+}
+
+impl Blob {
+    /// A path under which this process can open the file, as often as it wants, while the blob lives.
+    pub(crate) fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+    }
+}
+
+/// A layer blob and what the image needs to know of it.
+#[derive(Debug)]
+pub(crate) struct LayerBlob {
+    pub(crate) blob: Blob,
+    pub(crate) index: ChunkIndex,
+    /// The layer's metadata, as it is at the start of the decompressed blob.
+    pub(crate) metadata: Vec<u8>,
+    pub(crate) record: MergeRecord,
+}
+
+/// Writes the blob of a layer into a file without a name in `dir`. `advance` hears of the raw bytes.
+///
+/// # Errors
+/// `BadSource` or `Unsupported` for what EROFS cannot hold, `DiskFull` or `Io` naming `dir`.
+pub(crate) fn write_layer_blob(
+    mut layer: Layer,
+    spool: &Spool,
+    dir: &Path,
+    how: Compress,
+    advance: &dyn Fn(u64),
+) -> Result<LayerBlob> {
+    let plan = place(&mut layer, spool)?;
+    let metadata = write_layer(&layer.tree, plan.blocks).map_err(from_image)?;
+    let metadata_blocks = u32::try_from(metadata.len() / BLOCK_SIZE).unwrap_or(u32::MAX);
+    let record = MergeRecord { metadata_blocks, ..layer.record };
+    // Memory for the tree is not needed while the data is compressed.
+    drop((layer.tree, layer.files));
+
+    let mut writer = BlobWriter::new(dir)?;
+    writer.write(&skippable(SkippableKind::Ublkimg, &record.encode().map_err(from_image)?).map_err(from_image)?)?;
+    let mut index = ChunkIndexBuilder::new(writer.len_bytes);
+    let metadata_chunks = metadata.chunks(PIECE_BYTES).len();
+    let read = |number: usize| match number.checked_sub(metadata_chunks) {
+        None => Ok(metadata[number * PIECE_BYTES..metadata.len().min((number + 1) * PIECE_BYTES)].to_vec()),
+        Some(number) => plan.read_chunk(number, spool),
+    };
+    let uncompressed_digest = compress(how, metadata_chunks + plan.chunks(), read, |frame| {
+        index.push(frame.stored.len() as u64, frame.raw_len_bytes, frame.id).map_err(from_image)?;
+        advance(frame.raw_len_bytes);
+        writer.write(&frame.stored)
+    })?;
+    let index = index.finish();
+    let trailer = skippable(SkippableKind::ChunkIndex, &index.encode()).map_err(from_image)?;
+    let blob = writer.finish(&trailer, uncompressed_digest)?;
+    Ok(LayerBlob { blob, index, metadata, record })
+}
+
+/// Writes the metadata blob into a file without a name in `dir`.
+///
+/// # Errors
+/// As [`write_layer_blob`].
+pub(crate) fn write_metadata_blob(metadata: &[u8], bundle: &Bundle, dir: &Path, how: Compress) -> Result<Blob> {
+    let mut writer = BlobWriter::new(dir)?;
+    let chunk =
+        |number: usize| Ok(metadata[number * PIECE_BYTES..metadata.len().min((number + 1) * PIECE_BYTES)].to_vec());
+    let uncompressed_digest =
+        compress(how, metadata.chunks(PIECE_BYTES).len(), chunk, |frame| writer.write(&frame.stored))?;
+    let trailer = skippable(SkippableKind::Ublkimg, &bundle.encode().map_err(from_image)?).map_err(from_image)?;
+    writer.finish(&trailer, uncompressed_digest)
+}
+
+/// Writes and hashes.
+struct BlobWriter<'a> {
+    file: BufWriter<File>,
+    dir: &'a Path,
+    hasher: sha2::Sha256,
+    len_bytes: u64,
+}
+
+impl<'a> BlobWriter<'a> {
+    fn new(dir: &'a Path) -> Result<Self> {
+        let file = tempfile::tempfile_in(dir).map_err(|error| in_dir(dir, error))?;
+        let file = BufWriter::with_capacity(WRITE_BYTES, file);
+        Ok(Self { file, dir, hasher: sha2::Sha256::new(), len_bytes: 0 })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hasher.update(bytes);
+        self.len_bytes += bytes.len() as u64;
+        self.file.write_all(bytes).map_err(|error| in_dir(self.dir, error))
+    }
+
+    fn finish(mut self, trailer: &[u8], uncompressed_digest: Sha256) -> Result<Blob> {
+        let start = self.len_bytes;
+        self.write(trailer)?;
+        let file = self.file.into_inner().map_err(|error| in_dir(self.dir, error.into_error()))?;
+        let trailer = start..self.len_bytes;
+        Ok(Blob { file, digest: finish(self.hasher), size_bytes: self.len_bytes, uncompressed_digest, trailer })
+    }
+}
+
+fn in_dir(dir: &Path, error: std::io::Error) -> Error {
+    Error::io(format!("temporary directory {}", dir.display()), error)
+}
+
+/// What EROFS cannot hold came from the source.
+pub(crate) fn from_image(error: ublkimg_image::Error) -> Error {
+    let message = error.to_string();
+    match error.kind() {
+        ublkimg_image::ErrorKind::TooLarge | ublkimg_image::ErrorKind::Unsupported => Error::unsupported(message),
+        _ => Error::bad_source(message),
+    }
+}

@@ -1,0 +1,177 @@
+//! Where file contents go in a layer blob, and which bytes make a chunk.
+//!
+//! The grain decides what can be shared and what a read costs, so cuts follow files: a file of 256 KiB or more starts a
+//! chunk and is cut every 256 KiB, so an unchanged file has unchanged chunks wherever it moves. Smaller files are packed
+//! in path order (what is used together lies together), and a pack ends at a file boundary that the *contents* choose:
+//! when one file changes, the packs after it are cut where they were before. Packs come first, large files after them.
+//! Every file starts at a block; the rest of its last block is zero. Equal contents are stored once.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use ublkimg_image::{
+    BLOCK_SIZE, CHUNK_BLOCKS, CHUNK_BYTES, DataBlock, FileData, FileLayout, Kind, MAX_BLOCKS, NodeId, Space, Tree,
+};
+
+use crate::error::{Error, Result};
+use crate::layer::{Layer, for_each_path};
+use crate::spool::{Content, ContentId, Spool};
+
+/// A pack does not end by choice before it has this many blocks (64 KiB): smaller chunks compress badly and cost a
+/// request each.
+const PACK_BLOCKS_MIN: u32 = 16;
+
+/// From there on, one file in sixteen ends the pack. With typical small files of 4 to 8 KiB a pack gets 64 KiB and as
+/// much again on average, and seldom reaches the limit of 256 KiB, which is not a content-chosen boundary.
+const PACK_END_MASK: u8 = 0x0f;
+
+/// Blocks of a chunk as a power of two.
+const CHUNK_BLOCKS_LOG2: u8 = 6;
+
+/// What the data area of a blob holds.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// Pieces of the spool in the order in which they are stored.
+    extents: Vec<Extent>,
+    chunks: Vec<PlannedChunk>,
+    /// Length of the data area.
+    pub(crate) blocks: u32,
+}
+
+/// Bytes of the spool that start at a block of the data area.
+#[derive(Clone, Copy, Debug)]
+struct Extent {
+    offset_bytes: u64,
+    len_bytes: u32,
+}
+
+#[derive(Debug)]
+struct PlannedChunk {
+    extents: Range<usize>,
+    blocks: u32,
+}
+
+impl Plan {
+    pub(crate) fn chunks(&self) -> usize {
+        self.chunks.len()
+    }
+
+    /// The raw bytes of a chunk: whole blocks.
+    pub(crate) fn read_chunk(&self, chunk: usize, spool: &Spool) -> Result<Vec<u8>> {
+        let PlannedChunk { extents, blocks } = &self.chunks[chunk];
+        let mut raw = vec![0; *blocks as usize * BLOCK_SIZE];
+        let mut start = 0;
+        for extent in &self.extents[extents.clone()] {
+            let len = extent.len_bytes as usize;
+            spool.read_at(&mut raw[start..start + len], extent.offset_bytes)?;
+            start += len.next_multiple_of(BLOCK_SIZE);
+        }
+        Ok(raw)
+    }
+
+    /// Puts a piece at the end of the data area, in the chunk that is being filled. Returns its first block.
+    fn push(&mut self, offset_bytes: u64, len_bytes: u64) -> Result<u32> {
+        let blocks = u32::try_from(len_bytes.div_ceil(BLOCK_SIZE as u64)).unwrap_or(u32::MAX);
+        let len_bytes = u32::try_from(len_bytes).unwrap_or(u32::MAX);
+        let first = self.blocks;
+        let end = first.checked_add(blocks).filter(|end| *end <= MAX_BLOCKS);
+        self.blocks = end.ok_or_else(|| Error::unsupported("a layer of more than 16 TiB"))?;
+        self.extents.push(Extent { offset_bytes, len_bytes });
+        Ok(first)
+    }
+
+    /// Makes a chunk of what was pushed since the last one.
+    fn end_chunk(&mut self, first_block: u32) {
+        let start = self.chunks.last().map_or(0, |chunk| chunk.extents.end);
+        if start < self.extents.len() {
+            self.chunks.push(PlannedChunk { extents: start..self.extents.len(), blocks: self.blocks - first_block });
+        }
+    }
+}
+
+/// Lays out the files of a layer: plans the data area and writes the layouts into the tree.
+///
+/// # Errors
+/// `Unsupported` above 16 TiB.
+pub(crate) fn place(layer: &mut Layer, spool: &Spool) -> Result<Plan> {
+    let order = contents_in_path_order(&layer.tree, &layer.files, spool);
+    let is_small = |id: &&ContentId| spool.content(**id).size_bytes < CHUNK_BYTES;
+    let mut plan = Plan::default();
+    let mut first_blocks: HashMap<ContentId, Vec<u32>> = HashMap::with_capacity(order.len());
+    pack_small(&mut plan, spool, order.iter().filter(is_small), &mut first_blocks)?;
+    for id in order.iter().filter(|id| !is_small(id)) {
+        let content = spool.content(*id);
+        let mut blocks = Vec::with_capacity(content.stored.len());
+        for piece in &content.stored {
+            let first = plan.push(piece.offset_bytes, content.piece_len_bytes(piece.piece))?;
+            plan.end_chunk(first);
+            blocks.push(first);
+        }
+        first_blocks.insert(*id, blocks);
+    }
+    for (node, id) in &layer.files {
+        let content = spool.content(*id);
+        let layout = layout(content, first_blocks.get(id).map(Vec::as_slice).unwrap_or_default());
+        let data = FileData { size_bytes: content.size_bytes, layout };
+        layer.tree.node_mut(*node).kind = Kind::File(data);
+    }
+    Ok(plan)
+}
+
+/// Each content once, where it first occurs. Contents of files that were replaced do not occur.
+fn contents_in_path_order(tree: &Tree, files: &HashMap<NodeId, ContentId>, spool: &Spool) -> Vec<ContentId> {
+    let mut order = Vec::with_capacity(spool.len());
+    let mut seen = std::collections::HashSet::with_capacity(spool.len());
+    for_each_path(tree, |_, id, _| {
+        if let Some(content) = files.get(&id)
+            && seen.insert(*content)
+        {
+            order.push(*content);
+        }
+    });
+    order
+}
+
+fn pack_small<'a>(
+    plan: &mut Plan,
+    spool: &Spool,
+    contents: impl Iterator<Item = &'a ContentId>,
+    first_blocks: &mut HashMap<ContentId, Vec<u32>>,
+) -> Result<()> {
+    let mut pack_start = 0;
+    for id in contents {
+        let content = spool.content(*id);
+        let Some(piece) = content.stored.first() else { continue };
+        let blocks = content.size_bytes.div_ceil(BLOCK_SIZE as u64);
+        if u64::from(plan.blocks - pack_start) + blocks > u64::from(CHUNK_BLOCKS) {
+            plan.end_chunk(pack_start);
+            pack_start = plan.blocks;
+        }
+        let first = plan.push(piece.offset_bytes, content.size_bytes)?;
+        first_blocks.insert(*id, vec![first]);
+        if plan.blocks - pack_start >= PACK_BLOCKS_MIN && content.identity.0[0] & PACK_END_MASK == 0 {
+            plan.end_chunk(pack_start);
+            pack_start = plan.blocks;
+        }
+    }
+    plan.end_chunk(pack_start);
+    Ok(())
+}
+
+/// `first_blocks`: of the stored pieces, which lie one after another.
+fn layout(content: &Content, first_blocks: &[u32]) -> FileLayout {
+    let own = |block: u32| DataBlock { space: Space::Own, block };
+    if content.size_bytes == 0 {
+        return FileData::EMPTY.layout;
+    }
+    if !content.has_holes()
+        && let Some(first) = first_blocks.first()
+    {
+        return FileLayout::Contiguous(own(*first));
+    }
+    let mut blocks = vec![None; usize::try_from(content.pieces()).unwrap_or_default()];
+    for (piece, block) in content.stored.iter().zip(first_blocks) {
+        blocks[piece.piece as usize] = Some(own(*block));
+    }
+    FileLayout::Chunked { chunk_blocks_log2: CHUNK_BLOCKS_LOG2, blocks }
+}

@@ -1,0 +1,106 @@
+//! From a manifest or index to the one image that was asked for.
+
+use ublkimg_registry::descriptor::{
+    Descriptor, Index, MEDIA_TYPE_DOCKER_LIST, MEDIA_TYPE_DOCKER_MANIFEST, MEDIA_TYPE_INDEX, MEDIA_TYPE_MANIFEST,
+    Manifest, Platform,
+};
+use ublkimg_registry::erofs_manifest::{CONFIG_BYTES_MAX, LAYERS_MAX, OS_FEATURE_EROFS};
+
+use super::{LayerContent, SourceLayer};
+use crate::config::Config;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Most indexes inside indexes that are followed.
+pub(super) const INDEX_DEPTH_MAX: usize = 4;
+
+/// What some manifest bytes are.
+pub(super) enum Document {
+    /// An index; this is its manifest for the platform.
+    Choice(Descriptor),
+    /// The manifest of one image.
+    Image(Manifest),
+}
+
+/// Reads a manifest or index.
+///
+/// # Errors
+/// `BadSource` for malformed ones, `NotFound` when an index has nothing for `platform`, `Unsupported` for artifacts and
+/// for formats of long ago, `Usage` for an image that is converted already.
+pub(super) fn read(media_type: &str, bytes: &[u8], platform: &Platform) -> Result<Document> {
+    let bad = |error| Error::bad_source(format!("{media_type}: {error}"));
+    match media_type {
+        MEDIA_TYPE_INDEX | MEDIA_TYPE_DOCKER_LIST => {
+            let index: Index = serde_json::from_slice(bytes).map_err(bad)?;
+            choose(&index, platform).map(Document::Choice)
+        }
+        MEDIA_TYPE_MANIFEST | MEDIA_TYPE_DOCKER_MANIFEST => {
+            let manifest: Manifest = serde_json::from_slice(bytes).map_err(bad)?;
+            check(&manifest)?;
+            Ok(Document::Image(manifest))
+        }
+        other => Err(Error::unsupported(format!("a manifest of type {other}"))),
+    }
+}
+
+/// The ordinary image for `platform`: the first listed, as container engines do. An entry without a platform serves all.
+fn choose(index: &Index, platform: &Platform) -> Result<Descriptor> {
+    let is_erofs = |entry: &&Descriptor| {
+        entry.platform.as_ref().is_some_and(|have| have.os_features.iter().any(|feature| feature == OS_FEATURE_EROFS))
+    };
+    let serves = |entry: &&Descriptor| match &entry.platform {
+        Some(have) => have.serves(platform),
+        None => entry.artifact_type.is_none(),
+    };
+    if let Some(found) = index.manifests.iter().filter(|entry| !is_erofs(entry)).find(serves) {
+        return Ok(found.clone());
+    }
+    if index.manifests.iter().any(|entry| is_erofs(&entry)) {
+        return Err(already_converted());
+    }
+    let have: Vec<String> =
+        index.manifests.iter().filter_map(|entry| Some(entry.platform.as_ref()?.to_string())).collect();
+    Err(Error::new(ErrorKind::NotFound, format!("no image for {platform}; there are: {}", have.join(", "))))
+}
+
+fn already_converted() -> Error {
+    Error::new(ErrorKind::Usage, "the source is an ublkimg image already")
+}
+
+fn check(manifest: &Manifest) -> Result<()> {
+    if manifest.layers.len() > LAYERS_MAX {
+        return Err(Error::unsupported(format!("{} layers, at most {LAYERS_MAX}", manifest.layers.len())));
+    }
+    if manifest.config.size > CONFIG_BYTES_MAX {
+        return Err(Error::unsupported(format!("an image config of {} bytes", manifest.config.size)));
+    }
+    if !manifest.config.media_type.contains("container.image") && !manifest.config.media_type.contains("image.config") {
+        return Err(Error::unsupported(format!("an artifact, not an image ({})", manifest.config.media_type)));
+    }
+    for layer in &manifest.layers {
+        if layer.media_type.contains("erofs") {
+            return Err(already_converted());
+        }
+        if layer.media_type.ends_with("+encrypted") || !layer.media_type.contains("tar") {
+            return Err(Error::unsupported(format!("layer {} of type {}", layer.digest, layer.media_type)));
+        }
+    }
+    Ok(())
+}
+
+/// The layers of an image, with what manifest and config say of each.
+pub(super) fn layers(
+    manifest: &Manifest,
+    config: &Config,
+    content: impl Fn(&Descriptor) -> Result<LayerContent>,
+) -> Result<Vec<SourceLayer>> {
+    let diff_ids = config.diff_ids(manifest.layers.len())?;
+    let layer = |(number, descriptor): (usize, &Descriptor)| {
+        Ok(SourceLayer {
+            digest: Some(descriptor.digest),
+            diff_id: diff_ids.as_ref().map(|ids| ids[number]),
+            size_bytes: Some(descriptor.size),
+            content: content(descriptor)?,
+        })
+    };
+    manifest.layers.iter().enumerate().map(layer).collect()
+}
