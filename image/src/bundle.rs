@@ -103,3 +103,48 @@ impl BundledLayer {
         self.index.section_offset_bytes().checked_add(frame_len) == Some(self.blob_len_bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::chunk_index::tests::index;
+
+    fn bundle() -> impl Strategy<Value = Bundle> {
+        let layer = (any::<[u8; 32]>(), index()).prop_map(|(digest, index)| {
+            let blob_len_bytes = index.section_offset_bytes() + 8 + index.encode().len() as u64;
+            BundledLayer { digest: Sha256(digest), blob_len_bytes, index }
+        });
+        prop::collection::vec(layer, 0..5).prop_map(|layers| Bundle { layers })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+
+        #[test]
+        fn reads_back(bundle in bundle(), cut in any::<prop::sample::Index>()) {
+            let payload = bundle.encode().unwrap();
+            prop_assert_eq!(Bundle::decode(&payload), Ok(bundle));
+            prop_assert!(Bundle::decode(&payload[..cut.index(payload.len())]).is_err());
+        }
+
+        #[test]
+        fn damage_is_refused_or_sound(bundle in bundle(), at in any::<prop::sample::Index>(), value in any::<u8>()) {
+            let mut payload = bundle.encode().unwrap();
+            let at = at.index(payload.len());
+            payload[at] = value;
+            if let Ok(read) = Bundle::decode(&payload) {
+                prop_assert_eq!(read.encode().unwrap(), payload);
+            }
+        }
+    }
+
+    #[test]
+    fn blobs_end_with_their_index() {
+        let index = crate::ChunkIndexBuilder::new(0).finish();
+        let layer = BundledLayer { digest: Sha256::of(b""), blob_len_bytes: 41, index };
+        let error = Bundle { layers: vec![layer] }.encode().unwrap_err();
+        assert_eq!(error.kind(), crate::ErrorKind::Invalid);
+    }
+}

@@ -251,3 +251,99 @@ impl ChunkIndexBuilder {
         self.index
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// An index with random lengths of chunks.
+    pub(crate) fn index() -> impl Strategy<Value = ChunkIndex> {
+        let frame = (1..=MAX_STORED_CHUNK_BYTES, 1..=CHUNK_BYTES / BLOCK_SIZE as u64, any::<[u8; 32]>());
+        (0u64..10_000, prop::collection::vec(frame, 0..40)).prop_map(|(first, frames)| {
+            let mut builder = ChunkIndexBuilder::new(first);
+            for (stored_len, raw_blocks, digest) in frames {
+                builder.push(stored_len, raw_blocks * BLOCK_SIZE as u64, ChunkId(Sha256(digest))).unwrap();
+            }
+            builder.finish()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn reads_back(index in index()) {
+            let payload = index.encode();
+            let read = ChunkIndex::decode(&payload, index.section_offset_bytes()).unwrap();
+            prop_assert_eq!(&read, &index);
+            prop_assert_eq!(read.digest(), Sha256::of(&payload));
+            for cut in 0..payload.len() {
+                prop_assert!(ChunkIndex::decode(&payload[..cut], index.section_offset_bytes()).is_err());
+            }
+        }
+
+        #[test]
+        fn chunks_cover_both_streams(index in index()) {
+            let mut raw_end = 0;
+            let mut stored_end = index.iter().next().map_or(index.section_offset_bytes(), |chunk| chunk.stored.start);
+            for chunk in index.iter() {
+                prop_assert_eq!((chunk.stored.start, chunk.raw.start), (stored_end, raw_end));
+                (stored_end, raw_end) = (chunk.stored.end, chunk.raw.end);
+                for offset in [chunk.raw.start, chunk.raw.start + 1, chunk.raw.end - 1] {
+                    prop_assert_eq!(index.find(offset), chunk.index);
+                }
+            }
+            prop_assert_eq!((stored_end, raw_end), (index.section_offset_bytes(), index.raw_len_bytes()));
+            prop_assert_eq!(u64::from(index.raw_len_blocks()) * BLOCK_SIZE as u64, raw_end);
+        }
+
+        /// Every index has one form, and what is read is within the bounds.
+        #[test]
+        fn damage_is_refused_or_sound(
+            index in index(),
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+            section_offset in prop_oneof![Just(None), any::<u64>().prop_map(Some)],
+        ) {
+            let mut payload = index.encode();
+            for (at, value) in changes {
+                let at = at.index(payload.len());
+                payload[at] = value;
+            }
+            let section_offset = section_offset.unwrap_or(index.section_offset_bytes());
+            if let Ok(read) = ChunkIndex::decode(&payload, section_offset) {
+                prop_assert_eq!(read.encode(), payload);
+                for chunk in read.iter() {
+                    prop_assert!((1..=MAX_STORED_CHUNK_BYTES).contains(&(chunk.stored.end - chunk.stored.start)));
+                    prop_assert!((1..=CHUNK_BYTES).contains(&(chunk.raw.end - chunk.raw.start)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn header_is_as_specified() {
+        let mut builder = ChunkIndexBuilder::new(100);
+        builder.push(50, 8192, ChunkId(Sha256::of(b"frame"))).unwrap();
+        let payload = builder.finish().encode();
+        let header = [0xCD, 0xE4, 0xEC, 0x67, 1, 1, 0, 0, 0, 0x20, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 32];
+        assert_eq!(payload[..22], header);
+        assert_eq!(payload[22..32], [0; 10]);
+        assert_eq!(payload[32..40], 100u64.to_le_bytes());
+        assert_eq!(payload[40..48], 0u64.to_le_bytes());
+        assert_eq!(payload[48..], Sha256::of(b"frame").0);
+    }
+
+    #[test]
+    fn frames_out_of_bounds_are_not_added() {
+        let id = ChunkId(Sha256::of(b""));
+        let mut builder = ChunkIndexBuilder::new(0);
+        for (stored_len, raw_len) in
+            [(0, 4096), (1, 0), (1, 4097), (1, CHUNK_BYTES + 4096), (MAX_STORED_CHUNK_BYTES + 1, 4096)]
+        {
+            assert_eq!(builder.push(stored_len, raw_len, id).unwrap_err().kind(), crate::ErrorKind::Invalid);
+        }
+        assert!(builder.finish().is_empty());
+        let kind = ChunkIndexBuilder::new(u64::MAX).push(1, 4096, id).unwrap_err().kind();
+        assert_eq!(kind, crate::ErrorKind::TooLarge);
+    }
+}

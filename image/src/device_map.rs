@@ -124,3 +124,68 @@ impl DeviceMap {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The source of every block, one by one.
+    fn naive(metadata_blocks: u32, blob_blocks: &[u32]) -> Vec<Target> {
+        let metadata = (0..metadata_blocks).map(|block| Target::Metadata { block });
+        let blobs = (0..)
+            .zip(blob_blocks)
+            .flat_map(|(index, blocks)| (0..*blocks).map(move |block| Target::Blob { index, block }));
+        metadata.chain(blobs).chain((0..TAIL_BLOCKS).map(|_| Target::Zero)).collect()
+    }
+
+    /// The source of each block of a segment.
+    fn blocks_of(segment: Segment) -> impl Iterator<Item = Target> {
+        (0..segment.len_blocks).map(move |offset| match segment.target {
+            Target::Metadata { block } => Target::Metadata { block: block + offset },
+            Target::Blob { index, block } => Target::Blob { index, block: block + offset },
+            Target::Zero => Target::Zero,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_list_of_blocks(
+            metadata_blocks in 1u32..20,
+            blob_blocks in prop::collection::vec(0u32..30, 0..8),
+            start in 0u32..600,
+            len in 0u32..600,
+        ) {
+            let map = DeviceMap::new(metadata_blocks, &blob_blocks).unwrap();
+            let expected = naive(metadata_blocks, &blob_blocks);
+            prop_assert_eq!(map.total_blocks() as usize, expected.len());
+            let segments: Vec<_> = map.segments(start, len).collect();
+            let mut at = start;
+            for segment in &segments {
+                prop_assert!(segment.len_blocks > 0);
+                prop_assert_eq!(segment.device_block, at);
+                at += segment.len_blocks;
+            }
+            let found: Vec<_> = segments.into_iter().flat_map(blocks_of).collect();
+            let range = (start as usize).min(expected.len())..(start as usize + len as usize).min(expected.len());
+            prop_assert_eq!(&found[..], &expected[range]);
+            for (index, start) in (0..).zip(0..blob_blocks.len()) {
+                let sum: u32 = blob_blocks[..start].iter().sum();
+                prop_assert_eq!(map.blob_start(index), metadata_blocks + sum);
+            }
+        }
+    }
+
+    #[test]
+    fn limits() {
+        assert_eq!(DeviceMap::new(0, &[1]).unwrap_err().kind(), crate::ErrorKind::Invalid);
+        assert_eq!(DeviceMap::new(1, &[u32::MAX]).unwrap_err().kind(), crate::ErrorKind::TooLarge);
+        assert_eq!(DeviceMap::new(1, &[MAX_BLOCKS - TAIL_BLOCKS]).unwrap_err().kind(), crate::ErrorKind::TooLarge);
+        let map = DeviceMap::new(1, &[MAX_BLOCKS - TAIL_BLOCKS - 1]).unwrap();
+        assert_eq!(map.total_blocks(), MAX_BLOCKS);
+        let lengths: Vec<_> = map.segments(0, u32::MAX).map(|segment| segment.len_blocks).collect();
+        assert_eq!(lengths, [1, MAX_BLOCKS - TAIL_BLOCKS - 1, TAIL_BLOCKS]);
+        assert_eq!(map.segments(u32::MAX, u32::MAX).next(), None);
+    }
+}

@@ -133,3 +133,82 @@ fn decode_path(cursor: &mut Cursor<'_>, may_be_root: bool) -> Result<Vec<u8>> {
         None => Ok(path.to_vec()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn path() -> impl Strategy<Value = Vec<u8>> {
+        let name = prop::collection::vec(prop_oneof![b'a'..=b'c', Just(b'.'), Just(0xff)], 3..20);
+        prop::collection::vec(
+            name.prop_map(|mut name| {
+                name[0] = b'n';
+                name
+            }),
+            1..5,
+        )
+        .prop_map(|names| names.join(&b'/'))
+    }
+
+    fn record() -> impl Strategy<Value = MergeRecord> {
+        let implied = prop::collection::vec(prop_oneof![4 => path(), 1 => Just(Vec::new())], 0..6);
+        let link = (path(), path()).prop_map(|(path, target)| LowerLink { path, target });
+        (1..=MAX_BLOCKS, implied, prop::collection::vec(link, 0..6), prop::collection::vec(path(), 0..6)).prop_map(
+            |(metadata_blocks, implied_directories, lower_links, plain_devices)| MergeRecord {
+                metadata_blocks,
+                implied_directories,
+                lower_links,
+                plain_devices,
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn reads_back(record in record()) {
+            let bytes = record.encode().unwrap();
+            prop_assert_eq!(MergeRecord::decode(&bytes), Ok(record));
+            for cut in 0..bytes.len() {
+                prop_assert!(MergeRecord::decode(&bytes[..cut]).is_err());
+            }
+        }
+
+        /// Every record has one form: what is read from damaged bytes is written as the same bytes.
+        #[test]
+        fn damage_is_refused_or_sound(record in record(), at in any::<prop::sample::Index>(), value in any::<u8>()) {
+            let mut bytes = record.encode().unwrap();
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+            if let Ok(read) = MergeRecord::decode(&bytes) {
+                prop_assert_eq!(read.encode().unwrap(), bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn bad_records_are_not_written() {
+        let good = MergeRecord { metadata_blocks: 1, ..MergeRecord::default() };
+        assert!(good.encode().is_ok());
+        let kind = |record: MergeRecord| record.encode().unwrap_err().kind();
+        assert_eq!(kind(MergeRecord::default()), crate::ErrorKind::Invalid);
+        assert_eq!(
+            kind(MergeRecord { plain_devices: vec![b"/a".to_vec()], ..good.clone() }),
+            crate::ErrorKind::Invalid
+        );
+        assert_eq!(kind(MergeRecord { plain_devices: vec![Vec::new()], ..good.clone() }), crate::ErrorKind::Invalid);
+        let long = vec![vec![b'a'; 255]; 256].join(&b'/');
+        assert_eq!(long.len(), 65_535);
+        assert!(MergeRecord { plain_devices: vec![long.clone()], ..good.clone() }.encode().is_ok());
+        let longer = [&long[..], b"/a"].concat();
+        assert_eq!(kind(MergeRecord { plain_devices: vec![longer], ..good }), crate::ErrorKind::TooLarge);
+    }
+
+    #[test]
+    fn huge_counts_are_not_allocated() {
+        let mut bytes = MergeRecord { metadata_blocks: 1, ..MergeRecord::default() }.encode().unwrap();
+        bytes[12..24].fill(0xff);
+        assert!(MergeRecord::decode(&bytes).is_err());
+    }
+}

@@ -155,7 +155,7 @@ impl<'t> Plan<'t> {
         let parent_id = self.nodes[parent].id;
         let fault = |(kind, detail): (ErrorKind, String)| self.error(kind, position, &detail);
         let size_bytes = check_node(node, id, parent_id).map_err(fault)?;
-        let xattr_len = xattr::len_bytes(&node.meta.xattrs).map_err(|detail| fault((ErrorKind::Invalid, detail)))?;
+        let xattr_len = xattr::len_bytes(&node.meta.xattrs).map_err(fault)?;
         self.nodes[position].size_bytes = size_bytes;
         self.nodes[position].xattr_len_bytes = xattr_len;
         Ok(position)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::format::{PART, XATTR_ALIGN, XATTR_ENTRY_BYTES, XATTR_HEADER_BYTES};
 use crate::cursor::Cursor;
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Most bytes of xattrs of one inode, header and padding included: what Linux allows for a single list of names or a
 /// single value (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
@@ -41,18 +41,18 @@ fn split(name: &[u8]) -> Result<(u8, &[u8]), String> {
 }
 
 /// Bytes that the xattrs take, or why they cannot be stored.
-pub(super) fn len_bytes(xattrs: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<usize, String> {
+pub(super) fn len_bytes(xattrs: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<usize, (ErrorKind, String)> {
     if xattrs.is_empty() {
         return Ok(0); // A header without entries is not allowed.
     }
     let mut len = XATTR_HEADER_BYTES;
     for (name, value) in xattrs {
-        let (_, rest) = split(name)?;
+        let (_, rest) = split(name).map_err(|detail| (ErrorKind::Invalid, detail))?;
         len += (XATTR_ENTRY_BYTES + rest.len() + value.len()).next_multiple_of(XATTR_ALIGN);
     }
     match len {
         ..=MAX_XATTR_BYTES => Ok(len),
-        _ => Err(format!("{len} bytes of xattrs, at most {MAX_XATTR_BYTES}")),
+        _ => Err((ErrorKind::TooLarge, format!("{len} bytes of xattrs, at most {MAX_XATTR_BYTES}"))),
     }
 }
 

@@ -1,6 +1,10 @@
 //! Trees for the tests.
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
+pub(crate) mod compare;
+pub(crate) mod fixture;
+pub(crate) mod host;
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
@@ -36,7 +40,7 @@ fn xattrs() -> impl Strategy<Value = BTreeMap<Vec<u8>, Vec<u8>>> {
     let key = prop_oneof![
         "user\\.[a-c]{1,4}".prop_map(String::into_bytes),
         "trusted\\.[a-c]{1,4}".prop_map(String::into_bytes),
-        Just(b"security.capability".to_vec()),
+        Just(b"security.x".to_vec()),
         Just(b"system.posix_acl_access".to_vec()),
         Just(b"system.posix_acl_default".to_vec()),
     ];
