@@ -25,7 +25,9 @@ pub mod zstd_frame;
 pub use bundle::{Bundle, BundledLayer};
 pub use chunk_index::{Chunk, ChunkId, ChunkIndex, ChunkIndexBuilder};
 pub use device_map::{DeviceMap, Segment, Target};
-pub use erofs::{DeviceGeometry, DeviceSlot, Geometry, flat_block0, read_tree, write_layer, write_merged};
+pub use erofs::{
+    DeviceGeometry, DeviceSlot, Geometry, flat_block0, read_geometry, read_tree, write_layer, write_merged,
+};
 pub use error::{Error, ErrorKind, Result};
 pub use merge_record::{LowerLink, MergeRecord};
 pub use sha256::{ParseSha256Error, Sha256};

@@ -86,6 +86,15 @@ pub fn read_tree(metadata: &[u8]) -> Result<(Tree, Geometry)> {
     reader::read_tree(metadata)
 }
 
+/// Reads the superblock and the device table only: what [`read_tree`] says of the sizes, at a cost that does not depend
+/// on the number of files.
+///
+/// # Errors
+/// As [`read_tree`].
+pub fn read_geometry(metadata: &[u8]) -> Result<Geometry> {
+    reader::read_geometry(metadata)
+}
+
 /// Block 0 as a device serves it: without the device table, with the length of the whole flat device, with a new
 /// checksum. So one path mounts on every kernel (a flat device with a table fails on 6.1).
 ///

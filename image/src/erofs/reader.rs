@@ -23,6 +23,17 @@ const BLOCK_BYTES: u64 = BLOCK_SIZE as u64;
 
 /// See [`super::read_tree`].
 pub(super) fn read_tree(metadata: &[u8]) -> Result<(Tree, Geometry)> {
+    let (geometry, space, root_nid) = read_head(metadata)?;
+    Ok((Reader::read(metadata, space, root_nid)?, geometry))
+}
+
+/// See [`super::read_geometry`].
+pub(super) fn read_geometry(metadata: &[u8]) -> Result<Geometry> {
+    read_head(metadata).map(|(geometry, ..)| geometry)
+}
+
+/// Superblock and device table: the sizes, the address space, and where the root is.
+fn read_head(metadata: &[u8]) -> Result<(Geometry, AddressSpace, u64)> {
     let metadata_blocks = u32::try_from(metadata.len() / BLOCK_SIZE).ok().filter(|blocks| *blocks <= MAX_BLOCKS);
     let Some(metadata_blocks) = metadata_blocks.filter(|_| metadata.len().is_multiple_of(BLOCK_SIZE)) else {
         return Err(Error::corrupt(PART, format!("{} bytes are not whole blocks", metadata.len())));
@@ -30,8 +41,7 @@ pub(super) fn read_tree(metadata: &[u8]) -> Result<(Tree, Geometry)> {
     let superblock = Superblock::decode(metadata)?;
     let (devices, space) = read_space(metadata, metadata_blocks, &superblock)?;
     let total_blocks = space.end(metadata_blocks);
-    let tree = Reader::read(metadata, space, u64::from(superblock.root_nid))?;
-    Ok((tree, Geometry { metadata_blocks, devices, total_blocks }))
+    Ok((Geometry { metadata_blocks, devices, total_blocks }, space, u64::from(superblock.root_nid)))
 }
 
 /// The device table and the address space that it or the superblock describes.
