@@ -111,6 +111,23 @@ impl Error {
         Self::io(format!("{doing} {}", path.display()), source)
     }
 
+    /// An error of a registry; `what` names what was asked of it.
+    #[must_use]
+    pub fn registry(what: impl Into<String>, source: ublkimg_registry::Error) -> Self {
+        use ublkimg_registry::ErrorKind as Kind;
+        let kind = match source.kind() {
+            Kind::NotFound => ErrorKind::NotFound,
+            Kind::Unauthorized => ErrorKind::Unauthorized,
+            Kind::Unavailable => ErrorKind::Unavailable,
+            Kind::Corrupt | Kind::TooLarge => ErrorKind::Corrupt,
+            Kind::Invalid => ErrorKind::Invalid,
+            Kind::NotOurs => ErrorKind::NotOurs,
+            Kind::Io => ErrorKind::Io,
+            _ => ErrorKind::Internal,
+        };
+        Self::caused(kind, what, source)
+    }
+
     /// The kind, for deciding what to do.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {

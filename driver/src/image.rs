@@ -6,10 +6,17 @@
 //! runs later, on the engine's thread; after `Ok` the range is planned again.
 
 use std::fs::File;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ublkimg_scheduler::ChunkKey;
+use ublkimg_image::{BLOCK_SIZE, ChunkIndex, DeviceMap, Target};
+use ublkimg_scheduler::{BlobKey, ChunkKey};
+
+use crate::counters::{ImageCounters, ImageStatistics};
+use crate::engine::{EngineHandle, ImageKey};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::BlobFile;
 
 /// Bytes of a block: the unit of the device.
 pub const BLOCK_SIZE_BYTES: u32 = 4096;
@@ -68,44 +75,86 @@ impl Plan {
     }
 }
 
-/// What an image has done since it was attached.
-#[derive(Debug, Default)]
-pub struct ImageCounters {
-    /// Requests planned as ready at once.
-    pub hits: AtomicU64,
-    /// Requests that had to wait.
-    pub misses: AtomicU64,
-    /// Requests answered with an error.
-    pub errors: AtomicU64,
-    /// Requests answered with data, by [`ServedImage::answered`].
-    pub reads: AtomicU64,
-    /// Bytes of those.
-    pub read_bytes: AtomicU64,
+/// A layer blob of the image.
+#[derive(Debug)]
+pub(crate) struct ServedBlob {
+    pub(crate) key: BlobKey,
+    pub(crate) file: Arc<BlobFile>,
+    pub(crate) index: Arc<ChunkIndex>,
+    /// A bit for each chunk that was read, so that each first read is told to the scheduler once.
+    touched: Box<[AtomicU64]>,
 }
 
-/// One attached image. Shared by the device's queue threads.
+impl ServedBlob {
+    pub(crate) fn new(key: BlobKey, file: Arc<BlobFile>, index: Arc<ChunkIndex>) -> Self {
+        let words = index.len().div_ceil(u64::BITS);
+        Self { key, file, index, touched: (0..words).map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    /// Notes that a chunk was read; true the first time.
+    fn touch(&self, chunk: u32) -> bool {
+        let (word, bit) = (&self.touched[(chunk / u64::BITS) as usize], 1 << (chunk % u64::BITS));
+        // Most reads are not the first: look before writing to a line that other threads read.
+        word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::Relaxed) & bit == 0
+    }
+}
+
+/// How an image reaches the engine; detaches it when dropped.
+#[derive(Debug)]
+pub(crate) struct Attachment {
+    pub(crate) engine: EngineHandle,
+    pub(crate) image: ImageKey,
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        self.engine.detach(self.image);
+    }
+}
+
+/// One attached image. Shared by the device's queue threads; detached when the last of them lets go.
 #[derive(Debug)]
 pub struct ServedImage {
+    map: DeviceMap,
+    /// The metadata image, then the blob files.
     files: Vec<Arc<File>>,
-    total_blocks: u32,
-    file_blocks: u32,
-    counters: ImageCounters,
+    blobs: Vec<ServedBlob>,
+    counters: Arc<ImageCounters>,
+    /// `None` for an image that needs no engine, because it has no blobs.
+    attachment: Option<Attachment>,
 }
 
 impl ServedImage {
-    /// An image that lies wholly in one local file, followed by zeros up to `total_blocks`.
-    #[must_use]
-    pub fn complete(file: File, file_blocks: u32, total_blocks: u32) -> Self {
-        Self { files: vec![Arc::new(file)], total_blocks, file_blocks, counters: ImageCounters::default() }
+    /// An image that lies wholly in one local file of `file_blocks` blocks, followed by zeros.
+    ///
+    /// # Errors
+    /// `Invalid` without a block, or with more than a device can have.
+    pub fn complete(file: File, file_blocks: u32) -> Result<Self> {
+        Self::new(Arc::new(file), file_blocks, Vec::new(), Arc::default(), None)
+    }
+
+    /// An image of a metadata image and layer blobs, in the order of its device table.
+    pub(crate) fn new(
+        metadata: Arc<File>,
+        metadata_blocks: u32,
+        blobs: Vec<ServedBlob>,
+        counters: Arc<ImageCounters>,
+        attachment: Option<Attachment>,
+    ) -> Result<Self> {
+        let blob_blocks: Vec<u32> = blobs.iter().map(|blob| blob.index.raw_len_blocks()).collect();
+        let map = DeviceMap::new(metadata_blocks, &blob_blocks)
+            .map_err(|error| Error::caused(ErrorKind::Invalid, "lay out the device", error))?;
+        let files = std::iter::once(metadata).chain(blobs.iter().map(|blob| Arc::clone(blob.file.file()))).collect();
+        Ok(Self { map, files, blobs, counters, attachment })
     }
 
     /// Length of the device.
     #[must_use]
     pub fn total_blocks(&self) -> u32 {
-        self.total_blocks
+        self.map.total_blocks()
     }
 
-    /// The files that pieces refer to; opened for reading and writing, to be read at offsets only.
+    /// The files that pieces refer to; to be read at offsets only.
     #[must_use]
     pub fn files(&self) -> &[Arc<File>] {
         &self.files
@@ -115,25 +164,57 @@ impl ServedImage {
     pub fn plan(&self, start_block: u32, len_blocks: u32, plan: &mut Plan) -> Readiness {
         plan.pieces.clear();
         plan.missing.clear();
-        let in_file = self.file_blocks.saturating_sub(start_block).min(len_blocks);
-        if in_file > 0 {
-            let offset_bytes = u64::from(start_block) * u64::from(BLOCK_SIZE_BYTES);
-            plan.pieces.push(Piece::File { file: 0, offset_bytes, len_bytes: in_file * BLOCK_SIZE_BYTES });
+        let mut planned_blocks = 0;
+        for segment in self.map.segments(start_block, len_blocks) {
+            planned_blocks += segment.len_blocks;
+            let len_bytes = segment.len_blocks * BLOCK_SIZE_BYTES;
+            plan.pieces.push(match segment.target {
+                Target::Metadata { block } => Piece::File { file: 0, offset_bytes: offset_of(block), len_bytes },
+                Target::Blob { index, block } => {
+                    self.look_up(usize::from(index), block..block + segment.len_blocks, &mut plan.missing);
+                    Piece::File { file: index + 1, offset_bytes: offset_of(block), len_bytes }
+                }
+                Target::Zero => Piece::Zero { len_bytes },
+            });
         }
-        if len_blocks > in_file {
-            plan.pieces.push(Piece::Zero { len_bytes: (len_blocks - in_file) * BLOCK_SIZE_BYTES });
+        if planned_blocks < len_blocks {
+            plan.pieces.push(Piece::Zero { len_bytes: (len_blocks - planned_blocks) * BLOCK_SIZE_BYTES });
         }
-        Readiness::Ready
+        if plan.missing.is_empty() { Readiness::Ready } else { Readiness::Missing }
+    }
+
+    /// Notes the chunks of a range of blocks of a blob as read, and appends those that are not in the store.
+    fn look_up(&self, blob: usize, blocks: Range<u32>, missing: &mut Vec<ChunkKey>) {
+        let blob = &self.blobs[blob];
+        let mut first_missing = blob.file.first_missing(blocks.clone());
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let chunk = blob.index.find(offset_of(at));
+            let key = ChunkKey { blob: blob.key, chunk };
+            let raw_end = blob.index.chunk(chunk).raw.end / BLOCK_SIZE as u64;
+            let end = u32::try_from(raw_end).unwrap_or(u32::MAX).min(blocks.end);
+            let first_read = blob.touch(chunk);
+            if first_missing.is_some_and(|block| block < end) {
+                missing.push(key);
+                first_missing = blob.file.first_missing(end..blocks.end);
+            } else if first_read && let Some(attachment) = &self.attachment {
+                attachment.engine.touch(key);
+            }
+            at = end;
+        }
     }
 
     /// Asks for what `plan` (of [`Readiness::Missing`]) misses. Never blocks. `waiter` runs exactly once, perhaps before
-    /// this returns.
+    /// this returns, and with EIO at the latest when the engine stops.
     pub fn demand(&self, plan: &Plan, waiter: Waiter) {
-        debug_assert!(plan.missing.is_empty(), "everything is there");
-        waiter(Ok(()));
+        match &self.attachment {
+            Some(attachment) => attachment.engine.demand(plan.missing.clone(), Arc::clone(&self.counters), waiter),
+            None => waiter(Ok(())),
+        }
     }
 
-    /// To be called by the device when a request is answered, with its length, or a positive errno.
+    /// To be called by the device once for each request: with the length when it is answered with data, else with the
+    /// positive errno.
     pub fn answered(&self, outcome: Result<u32, i32>) {
         match outcome {
             Ok(len_bytes) => {
@@ -146,9 +227,29 @@ impl ServedImage {
         }
     }
 
+    /// Lets go of the engine before the image is dropped: fetches for this image alone end, and whoever waits for them
+    /// gets EIO. Reads of what is in the store still work.
+    pub fn detach(&self) {
+        if let Some(attachment) = &self.attachment {
+            attachment.engine.detach(attachment.image);
+        }
+    }
+
     /// What the image has done so far.
     #[must_use]
-    pub fn counters(&self) -> &ImageCounters {
-        &self.counters
+    pub fn statistics(&self) -> ImageStatistics {
+        self.counters.statistics()
     }
+
+    /// Bytes of the layer blobs that are in the store, and all of them.
+    #[must_use]
+    pub fn stored_bytes(&self) -> (u64, u64) {
+        let bytes = |blocks: u32| u64::from(blocks) * u64::from(BLOCK_SIZE_BYTES);
+        let sum = |of: fn(&BlobFile) -> u32| self.blobs.iter().map(|blob| bytes(of(&blob.file))).sum();
+        (sum(BlobFile::present_blocks), sum(BlobFile::blocks))
+    }
+}
+
+fn offset_of(block: u32) -> u64 {
+    u64::from(block) * u64::from(BLOCK_SIZE_BYTES)
 }

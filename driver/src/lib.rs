@@ -1,11 +1,25 @@
 //! The running system: store, fetcher, devices, mounts, daemon and recovery.
 
+pub mod attach;
+pub mod counters;
+mod decode;
 pub mod device;
+pub mod engine;
 pub mod error;
+mod fetch;
+#[cfg(test)]
+mod fixture;
 pub mod image;
 pub mod kernel;
 pub mod mounts;
 pub mod namespace;
 pub mod store;
+#[cfg(test)]
+mod tests;
 
+pub use attach::{AttachOptions, LoadedImage, attach, reopen};
+pub use counters::{ImageCounters, ImageStatistics};
+pub use engine::Engine;
 pub use error::{Error, ErrorKind, Result};
+pub use image::ServedImage;
+pub use store::Store;

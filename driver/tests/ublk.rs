@@ -26,8 +26,8 @@ fn the_whole_device_equals_its_source() {
     }
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("content");
-    write_content(&path, 1000);
-    let image = Arc::new(ServedImage::complete(std::fs::File::open(&path).unwrap(), 1000, 1280));
+    write_content(&path, 1024);
+    let image = Arc::new(ServedImage::complete(std::fs::File::open(&path).unwrap(), 1024).unwrap());
     let prepared = PreparedUblk::add(image).unwrap();
     let id = prepared.id();
     let device = prepared.start().unwrap();
@@ -36,7 +36,7 @@ fn the_whole_device_equals_its_source() {
     for start in (0..1280).step_by(256) {
         let bytes = read_blocks(&file, start, 256).unwrap();
         for (block, bytes) in (start..).zip(bytes.chunks(4096)) {
-            let expected = if block < 1000 { block_content(block) } else { vec![0; 4096] };
+            let expected = if block < 1024 { block_content(block) } else { vec![0; 4096] };
             assert!(bytes == expected, "block {block}");
         }
     }

@@ -6,13 +6,14 @@ use std::io::{ErrorKind as IoErrorKind, Write as _};
 use std::path::Path;
 
 use ublkimg_image::Sha256;
+use ublkimg_registry::erofs_manifest::METADATA_BYTES_MAX;
 
 use super::Store;
 use super::layout::replace_file;
 use crate::error::{Error, Result};
 
-/// The longest object: a metadata blob. 256 MiB of it compressed describe some ten million files.
-pub const OBJECT_BYTES_MAX: u64 = 256 << 20;
+/// The longest object: a metadata blob, which is read whole into memory.
+pub const OBJECT_BYTES_MAX: u64 = METADATA_BYTES_MAX;
 
 impl Store {
     /// Keeps an object, durably. The caller has checked that `bytes` have this digest.

@@ -1,0 +1,74 @@
+//! What an attached image has done so far.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+/// Counted while it happens, without a lock.
+#[derive(Debug, Default)]
+pub struct ImageCounters {
+    /// Requests answered with data.
+    pub reads: AtomicU64,
+    /// Bytes of those.
+    pub read_bytes: AtomicU64,
+    /// Requests answered with an error.
+    pub errors: AtomicU64,
+    /// Requests that waited, for bytes that were on their way already.
+    pub late_hits: AtomicU64,
+    /// Requests that waited, for bytes that nobody had asked for.
+    pub misses: AtomicU64,
+    /// Requests to the registry, without the retries inside the registry client.
+    pub registry_requests: AtomicU64,
+    /// Chunks fetched, verified and stored. What images share is counted for the one that it was fetched for.
+    pub fetched_chunks: AtomicU64,
+    /// Bytes of those on the wire, and of what attaching fetched.
+    pub fetched_bytes: AtomicU64,
+    /// Chunks whose bytes were not what the chunk index promises.
+    pub verification_failures: AtomicU64,
+}
+
+/// The counters at one moment.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageStatistics {
+    /// Requests answered with data.
+    pub reads: u64,
+    /// Bytes of those.
+    pub read_bytes: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+    /// Requests that did not wait.
+    pub hits: u64,
+    /// Requests that waited, for bytes that were on their way already.
+    pub late_hits: u64,
+    /// Requests that waited, for bytes that nobody had asked for.
+    pub misses: u64,
+    /// Requests to the registry.
+    pub registry_requests: u64,
+    /// Chunks fetched for this image.
+    pub fetched_chunks: u64,
+    /// Bytes fetched for this image.
+    pub fetched_bytes: u64,
+    /// Chunks that failed verification.
+    pub verification_failures: u64,
+}
+
+impl ImageCounters {
+    /// Reads all counters, each at its own moment.
+    #[must_use]
+    pub fn statistics(&self) -> ImageStatistics {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let waited = load(&self.misses) + load(&self.late_hits);
+        ImageStatistics {
+            reads: load(&self.reads),
+            read_bytes: load(&self.read_bytes),
+            errors: load(&self.errors),
+            hits: (load(&self.reads) + load(&self.errors)).saturating_sub(waited),
+            late_hits: load(&self.late_hits),
+            misses: load(&self.misses),
+            registry_requests: load(&self.registry_requests),
+            fetched_chunks: load(&self.fetched_chunks),
+            fetched_bytes: load(&self.fetched_bytes),
+            verification_failures: load(&self.verification_failures),
+        }
+    }
+}

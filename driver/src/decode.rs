@@ -1,0 +1,195 @@
+//! The last step of a fetch: verify, decode, store, tell the engine.
+//!
+//! These are the only threads that may block on the disk, and what they do costs processor time, so there are few of
+//! them, and a demanded chunk goes before one of read-ahead. A stored frame is checked against its digest before
+//! anything looks at it, and decoded into exactly the bytes that the chunk index promises.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+
+use bytes::Bytes;
+use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
+use ublkimg_image::{BLOCK_SIZE, CHUNK_BYTES, Chunk, Sha256};
+use ublkimg_scheduler::{ChunkKey, Class};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::fetch::{Completion, FETCHES_MAX, Outcome, Source};
+use crate::store::BlobFile;
+
+/// Threads, if the machine has as many processors. A core verifies and decodes some 300 MB/s.
+const THREADS_MAX: usize = 4;
+
+/// A downloaded chunk.
+#[derive(Debug)]
+pub(crate) struct DecodeJob {
+    pub(crate) chunk: ChunkKey,
+    pub(crate) class: Class,
+    pub(crate) stored: Bytes,
+    pub(crate) file: Arc<BlobFile>,
+    pub(crate) source: Arc<Source>,
+}
+
+/// The sending side: two queues, each with room for every chunk that can be on its way.
+#[derive(Debug, Clone)]
+pub(crate) struct DecodeQueue {
+    demand: Sender<DecodeJob>,
+    read_ahead: Sender<DecodeJob>,
+}
+
+impl DecodeQueue {
+    /// Never blocks. Gives the job back when the decoders are gone.
+    pub(crate) fn push(&self, job: DecodeJob) -> Result<(), TrySendError<DecodeJob>> {
+        match job.class {
+            Class::Demand => self.demand.try_send(job),
+            Class::ReadAhead => self.read_ahead.try_send(job),
+        }
+    }
+}
+
+/// The threads.
+#[derive(Debug)]
+pub(crate) struct Decoders {
+    queue: DecodeQueue,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Decoders {
+    /// Starts the threads. They end when every queue handle is dropped.
+    pub(crate) fn start(completions: &Sender<Completion>) -> Result<Self> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let (demand, demanded) = bounded(FETCHES_MAX);
+        let (read_ahead, ahead) = bounded(FETCHES_MAX);
+        let mut threads = Vec::new();
+        for _ in 0..processors.min(THREADS_MAX) {
+            let (demanded, ahead, completions) = (demanded.clone(), ahead.clone(), completions.clone());
+            let thread = std::thread::Builder::new().name("decode".to_owned());
+            let thread = thread.spawn(move || decode_loop(&demanded, &ahead, &completions));
+            threads.push(thread.map_err(|error| Error::io("start a decoder thread", error))?);
+        }
+        Ok(Self { queue: DecodeQueue { demand, read_ahead }, threads })
+    }
+
+    pub(crate) fn queue(&self) -> DecodeQueue {
+        self.queue.clone()
+    }
+
+    /// Waits for the threads; every other handle of the queue must be gone.
+    pub(crate) fn stop(self) {
+        drop(self.queue);
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("a decoder thread panicked");
+            }
+        }
+    }
+}
+
+fn decode_loop(demanded: &Receiver<DecodeJob>, ahead: &Receiver<DecodeJob>, completions: &Sender<Completion>) {
+    let mut decoder = zstd::bulk::Decompressor::new();
+    let mut raw = Vec::with_capacity(usize::try_from(CHUNK_BYTES).unwrap_or(0));
+    loop {
+        // Demand first; when there is none, whatever comes.
+        let job = demanded.try_recv().or_else(|_| {
+            crossbeam::select! {
+                recv(demanded) -> job => job,
+                recv(ahead) -> job => job,
+            }
+        });
+        let Ok(job) = job else { return };
+        let outcome = match decoder.as_mut() {
+            Ok(decoder) => store_chunk(&job, decoder, &mut raw),
+            Err(error) => Err(Error::new(ErrorKind::Internal, format!("make a zstd decoder: {error}"))),
+        };
+        let outcome = match outcome {
+            Ok(()) => Outcome::Stored,
+            Err(error) => {
+                tracing::error!("fetch: blob {} chunk {}: {}", job.source.blob, job.chunk.chunk, error.chain());
+                Outcome::Failed(error.errno())
+            }
+        };
+        // Room is there by construction; without a receiver nobody waits any more.
+        let _ = completions.try_send(Completion { chunk: job.chunk, outcome });
+    }
+}
+
+fn store_chunk(job: &DecodeJob, decoder: &mut zstd::bulk::Decompressor<'_>, raw: &mut Vec<u8>) -> Result<()> {
+    let chunk = job.source.index.chunk(job.chunk.chunk);
+    let counters = &job.source.counters;
+    if let Err(error) = decode(&chunk, &job.stored, decoder, raw) {
+        counters.verification_failures.fetch_add(1, Ordering::Relaxed);
+        return Err(error);
+    }
+    let block = u32::try_from(chunk.raw.start / BLOCK_SIZE as u64);
+    let block = block.map_err(|_| Error::new(ErrorKind::Internal, "a chunk beyond 16 TiB"))?;
+    job.file.write(block, raw)?;
+    counters.fetched_chunks.fetch_add(1, Ordering::Relaxed);
+    counters.fetched_bytes.fetch_add(job.stored.len() as u64, Ordering::Relaxed);
+    Ok(())
+}
+
+/// Fills `raw` with the raw bytes of a chunk, or says why `stored` is not that chunk.
+fn decode(chunk: &Chunk, stored: &[u8], decoder: &mut zstd::bulk::Decompressor<'_>, raw: &mut Vec<u8>) -> Result<()> {
+    let corrupt = |why: String| Error::new(ErrorKind::Corrupt, why);
+    let found = Sha256::of(stored);
+    if found != chunk.id.0 {
+        return Err(corrupt(format!("the registry sent {found} where {} was expected", chunk.id.0)));
+    }
+    let len_bytes = usize::try_from(chunk.raw.end - chunk.raw.start).unwrap_or(usize::MAX);
+    // The decoder writes to the capacity of its output and no further.
+    raw.clear();
+    raw.resize(len_bytes, 0);
+    let decoded = decoder.decompress_to_buffer(stored, &mut raw[..]);
+    match decoded {
+        Ok(decoded) if decoded == len_bytes => Ok(()),
+        Ok(decoded) => Err(corrupt(format!("chunk {} has {decoded} raw bytes, not {len_bytes}", chunk.id.0))),
+        Err(error) => Err(Error::caused(
+            ErrorKind::Corrupt,
+            format!("chunk {} does not decode to {len_bytes} bytes", chunk.id.0),
+            error,
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ublkimg_image::ChunkId;
+
+    use super::*;
+
+    fn chunk_of(stored: &[u8], raw_blocks: u64) -> Chunk {
+        let raw = 0..raw_blocks * BLOCK_SIZE as u64;
+        Chunk { index: 0, stored: 0..stored.len() as u64, raw, id: ChunkId(Sha256::of(stored)) }
+    }
+
+    fn decode_new(chunk: &Chunk, stored: &[u8]) -> Result<Vec<u8>> {
+        let mut raw = vec![7; 10];
+        decode(chunk, stored, &mut zstd::bulk::Decompressor::new().unwrap(), &mut raw).map(|()| raw)
+    }
+
+    #[test]
+    fn a_good_frame_decodes() {
+        let raw: Vec<u8> = (0..2 * BLOCK_SIZE).map(|at| at.to_le_bytes()[0]).collect();
+        let stored = zstd::bulk::compress(&raw, 3).unwrap();
+        assert_eq!(decode_new(&chunk_of(&stored, 2), &stored).unwrap(), raw);
+    }
+
+    #[test]
+    fn a_changed_byte_is_refused_before_it_is_decoded() {
+        let mut stored = zstd::bulk::compress(&[0; BLOCK_SIZE], 3).unwrap();
+        let chunk = chunk_of(&stored, 1);
+        stored[6] ^= 1;
+        let error = decode_new(&chunk, &stored).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.to_string().contains(&chunk.id.0.to_string()), "{error}");
+    }
+
+    #[test]
+    fn another_length_than_promised_is_refused() {
+        let stored = zstd::bulk::compress(&vec![1; 2 * BLOCK_SIZE], 3).unwrap();
+        for promised in [1, 3, 64] {
+            assert_eq!(decode_new(&chunk_of(&stored, promised), &stored).unwrap_err().kind(), ErrorKind::Corrupt);
+        }
+        assert_eq!(decode_new(&chunk_of(b"no frame", 1), b"no frame").unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+}
