@@ -1,4 +1,5 @@
 //! The EROFS writer and reader against each other, and the reader against damaged metadata.
+#![allow(clippy::unwrap_used, reason = "test code")]
 
 mod support;
 

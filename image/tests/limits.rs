@@ -1,4 +1,5 @@
 //! What the writer refuses, what the reader refuses, and that large trees take time in proportion to their size.
+#![allow(clippy::unwrap_used, reason = "test code")]
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

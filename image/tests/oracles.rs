@@ -1,4 +1,5 @@
 //! What others make of our images: erofs-utils, and the kernel when it lets us mount.
+#![allow(clippy::unwrap_used, reason = "test code")]
 
 mod support;
 

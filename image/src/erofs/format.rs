@@ -9,14 +9,15 @@ pub(super) const PART: &str = "EROFS metadata";
 
 /// Byte offset of the superblock in block 0.
 pub(super) const SUPERBLOCK_OFFSET: usize = 1024;
-/// Where the device table starts: right after the superblock, in bytes.
-pub(super) const DEVICE_TABLE_OFFSET: usize = SUPERBLOCK_OFFSET + SUPERBLOCK_BYTES;
+/// Where the device table starts, in units of its slots: right after the superblock.
+const DEVICE_TABLE_SLOT: u16 = 9;
+/// The same in bytes.
+pub(super) const DEVICE_TABLE_OFFSET: usize = DEVICE_TABLE_SLOT as usize * DeviceRecord::BYTES;
 /// Inodes lie at multiples of this many bytes; the nid of an inode is its byte offset divided by it.
 pub(super) const SLOT_BYTES: u64 = 32;
 /// Address of a chunk that is a hole.
 pub(super) const HOLE: u32 = u32::MAX;
 
-const SUPERBLOCK_BYTES: usize = 128;
 const MAGIC: u32 = 0xE0F5_E1E2;
 const BLOCK_SIZE_LOG2: u8 = 12;
 const COMPAT_CHECKSUM: u32 = 0x1;
@@ -56,8 +57,7 @@ impl Superblock {
         put(block0, INCOMPAT_AT, &(INCOMPAT_CHUNKED_FILE | table).to_le_bytes());
         if let Some(devices) = self.devices {
             put(block0, EXTRA_DEVICES_AT, &devices.to_le_bytes());
-            const SLOT: u16 = (DEVICE_TABLE_OFFSET / DeviceRecord::BYTES) as u16;
-            put(block0, DEVICE_TABLE_SLOT_AT, &SLOT.to_le_bytes());
+            put(block0, DEVICE_TABLE_SLOT_AT, &DEVICE_TABLE_SLOT.to_le_bytes());
         }
     }
 
@@ -91,8 +91,8 @@ impl Superblock {
             return Err(field("metadata that does not start at block 0, or large directory blocks".into()));
         }
         let has_table = incompat & INCOMPAT_DEVICE_TABLE != 0;
-        let table_slot = usize::from(u16_at(superblock, 88));
-        if has_table && table_slot * DeviceRecord::BYTES != DEVICE_TABLE_OFFSET {
+        let table_slot = u16_at(superblock, 88);
+        if has_table && table_slot != DEVICE_TABLE_SLOT {
             return Err(field(format!("device table at slot {table_slot}")));
         }
         Ok(Self {

@@ -16,7 +16,7 @@ use super::format::{
 use super::plan::{MAX_CHUNK_BLOCKS_LOG2, MAX_DEPTH, MAX_TARGET_BYTES, chunk_count};
 use super::{DeviceGeometry, Geometry, xattr};
 use crate::path::name_fault;
-use crate::tree::{DataBlock, FileData, FileLayout, Kind, Meta, Node, NodeId, Time, Tree};
+use crate::tree::{DataBlock, FileData, FileLayout, Kind, Meta, Node, NodeId, Space, Time, Tree};
 use crate::{BLOCK_SIZE, Error, MAX_BLOCKS, MAX_DEVICES, Result, Sha256};
 
 const BLOCK_BYTES: u64 = BLOCK_SIZE as u64;
@@ -73,17 +73,16 @@ fn read_space(
         devices.push(DeviceGeometry { blocks, mapped_block, tag });
     }
     let space = AddressSpace::devices(metadata_blocks, devices.iter().map(|device| device.blocks));
-    let Some(AddressSpace::Devices(ranges)) = &space else {
-        return Err(Error::corrupt(PART, format!("devices have more than {MAX_BLOCKS} blocks")));
-    };
-    for (number, (device, range)) in devices.iter().zip(ranges).enumerate() {
-        if device.mapped_block != range.start || device.blocks == 0 {
-            let DeviceGeometry { blocks, mapped_block, .. } = device;
-            let detail = format!("device {number}: {blocks} blocks mapped at {mapped_block}, not {}", range.start);
+    let space = space.ok_or_else(|| Error::corrupt(PART, format!("devices have more than {MAX_BLOCKS} blocks")))?;
+    for (number, device) in (0..).zip(&devices) {
+        let DeviceGeometry { blocks, mapped_block, .. } = *device;
+        let start = space.address(DataBlock { space: Space::Device(number), block: 0 }, u64::from(blocks));
+        if start != Some(mapped_block) || blocks == 0 {
+            let detail = format!("device {number}: {blocks} blocks mapped at {mapped_block} are out of place");
             return Err(Error::corrupt(PART, detail));
         }
     }
-    Ok((devices, AddressSpace::Devices(ranges.clone())))
+    Ok((devices, space))
 }
 
 struct Reader<'a> {

@@ -1,6 +1,6 @@
 //! Compares a mounted file system with a tree, object by object.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -57,9 +57,8 @@ pub(crate) fn compare(tree: &Tree, mount: &Path, content: &dyn Fn(&FileData) -> 
             Kind::Fifo | Kind::Socket => {}
         }
     }
-    let different = |(ids, numbers): (usize, usize)| ids != numbers;
-    let numbers: std::collections::HashSet<_> = inodes.values().collect();
-    if different((inodes.len(), numbers.len())) {
+    let numbers: HashSet<_> = inodes.values().collect();
+    if numbers.len() != inodes.len() {
         differences.push("different nodes share an inode number".into());
     }
     assert!(differences.is_empty(), "{} differences:\n{}", differences.len(), differences.join("\n"));
