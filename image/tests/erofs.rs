@@ -6,8 +6,8 @@ mod support;
 use proptest::prelude::*;
 use support::{SPACE_BLOCKS, Spaces, slots, tree};
 use ublkimg_image::{
-    BLOCK_SIZE, DataBlock, DeviceSlot, FileData, FileLayout, Kind, Space, flat_block0, read_tree, write_layer,
-    write_merged,
+    BLOCK_SIZE, DataBlock, DeviceSlot, FileData, FileLayout, Kind, Space, flat_block0, read_geometry, read_tree,
+    write_layer, write_merged,
 };
 
 const DEVICES: u16 = 30;
@@ -41,6 +41,7 @@ proptest! {
             mapped_block += slot.blocks;
         }
         prop_assert_eq!(geometry.devices.len(), slots.len());
+        prop_assert_eq!(&read_geometry(&metadata).unwrap(), &geometry);
         prop_assert_eq!(geometry.total_blocks, mapped_block);
     }
 
