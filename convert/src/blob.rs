@@ -144,6 +144,7 @@ fn in_dir(dir: &Path, error: std::io::Error) -> Error {
 }
 
 /// What EROFS cannot hold came from the source.
+#[expect(clippy::needless_pass_by_value, reason = "the form that map_err takes")]
 pub(crate) fn from_image(error: ublkimg_image::Error) -> Error {
     let message = error.to_string();
     match error.kind() {

@@ -1,5 +1,6 @@
 //! The one error type of the crate: a kind that says what to do next, what it is about, and the cause.
 
+use std::error::Error as StdError;
 use std::fmt;
 
 use ublkimg_registry::ErrorKind as RegistryKind;
@@ -7,7 +8,7 @@ use ublkimg_registry::ErrorKind as RegistryKind;
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-type Cause = Box<dyn std::error::Error + Send + Sync>;
+type Cause = Box<dyn StdError + Send + Sync>;
 
 /// What the operator can do about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,19 +55,27 @@ impl Error {
         Self::new(ErrorKind::Unsupported, message)
     }
 
-    /// An I/O error about `what`. A full disk gets its own kind; errors of this crate that travelled through
-    /// [`std::io::Read`] come back as what they were.
+    /// An I/O error about `what`. A full disk gets its own kind; errors of this crate and of the registry that travelled
+    /// through [`std::io::Read`] come back as what they were.
     pub(crate) fn io(what: impl Into<String>, cause: std::io::Error) -> Self {
-        if cause.get_ref().is_some_and(|inner| inner.is::<Self>()) {
+        if cause.get_ref().is_some_and(<dyn StdError + Send + Sync>::is::<Self>) {
             let inner = cause.into_inner().and_then(|inner| inner.downcast::<Self>().ok());
             return inner.map_or_else(|| Self::new(ErrorKind::Io, what), |inner| *inner);
         }
-        if cause.get_ref().is_some_and(|inner| inner.is::<ublkimg_registry::Error>()) {
+        if cause.get_ref().is_some_and(<dyn StdError + Send + Sync>::is::<ublkimg_registry::Error>) {
             let inner = cause.into_inner().and_then(|inner| inner.downcast::<ublkimg_registry::Error>().ok());
             return inner.map_or_else(|| Self::new(ErrorKind::Io, what), |inner| Self::from(*inner));
         }
         let kind = match cause.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorKind::DiskFull,
+            _ => ErrorKind::Io,
+        };
+        Self { kind, message: what.into(), source: Some(Box::new(cause)) }
+    }
+
+    /// An error opening something that the user named.
+    pub(crate) fn open(what: impl Into<String>, cause: std::io::Error) -> Self {
+        let kind = match cause.kind() {
             std::io::ErrorKind::NotFound => ErrorKind::NotFound,
             _ => ErrorKind::Io,
         };
@@ -97,8 +106,8 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
         let cause = self.source.as_deref()?;
         // An error of the registry gave its text to this one; only what is behind it is new.
         match cause.downcast_ref::<ublkimg_registry::Error>() {

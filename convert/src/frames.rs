@@ -60,7 +60,9 @@ pub(crate) fn compress(
             scope.spawn(move || work(how.level, &receive, &send));
         }
         drop((raw_receive, frame_send));
-        let written = write_frames(count, frame_receive, permit_return, &mut write);
+        let written = write_frames(count, &frame_receive, &permit_return, &mut write);
+        // A reader or worker that waits for this end must see that it is gone.
+        drop((frame_receive, permit_return));
         let digest = reader.join().map_err(|_| stopped())?;
         match (written, digest) {
             (Err(Stop::Failed(error)), _) | (_, Err(Stop::Failed(error))) => Err(error),
@@ -114,8 +116,8 @@ fn frame(compressor: &mut zstd::bulk::Compressor<'_>, raw: &[u8]) -> Result<Fram
 
 fn write_frames(
     count: usize,
-    receive: Receiver<(usize, Result<Frame>)>,
-    permits: Sender<()>,
+    receive: &Receiver<(usize, Result<Frame>)>,
+    permits: &Sender<()>,
     write: &mut impl FnMut(Frame) -> Result<()>,
 ) -> Result<(), Stop> {
     let mut early: BTreeMap<usize, Frame> = BTreeMap::new();
@@ -146,7 +148,7 @@ mod tests {
     }
 
     fn chunk(number: usize) -> Vec<u8> {
-        (0..4096 * (1 + number % 7)).map(|byte| (byte / (number + 1) % 251) as u8).collect()
+        (0..4096 * (1 + number % 7)).map(|byte| u8::try_from(byte / (number + 1) % 251).unwrap()).collect()
     }
 
     #[test]

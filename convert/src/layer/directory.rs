@@ -22,7 +22,7 @@ use crate::spool::{PIECE_BYTES, Spool};
 /// `Io` naming the path; `BadSource` when a file changes its size while it is read.
 pub(crate) fn read_directory(root: &Path, spool: &mut Spool, advance: &dyn Fn(u64)) -> Result<Layer> {
     let mut walk = DirectoryWalk { builder: LayerBuilder::new(), links: HashMap::new(), spool, advance };
-    let metadata = fs::metadata(root).map_err(|error| at(root, error))?;
+    let metadata = fs::metadata(root).map_err(|error| Error::open(format!("directory {}", root.display()), error))?;
     if !metadata.is_dir() {
         return Err(Error::new(ErrorKind::Usage, format!("{} is not a directory", root.display())));
     }

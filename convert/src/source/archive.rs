@@ -65,7 +65,7 @@ impl Archive {
     /// # Errors
     /// `Unsupported` for a compressed archive, which cannot be read in place; `BadSource`, `NotFound`, `Io`.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let file = Arc::new(File::open(path).map_err(|error| Error::io("opening the archive", error))?);
+        let file = Arc::new(File::open(path).map_err(|error| Error::open("opening the archive", error))?);
         let len_bytes = file.metadata().map_err(|error| Error::io("opening the archive", error))?.len();
         let mut start = [0; 6];
         let count = file.read_at(&mut start, 0).map_err(|error| Error::io("reading the archive", error))?;
@@ -122,7 +122,12 @@ fn read_members(file: &Arc<File>, len_bytes: u64) -> Result<HashMap<Vec<u8>, Mem
         let Some(entry) = reader.next_entry()? else { return Ok(members) };
         let start = position + reader.position_bytes();
         let member = match entry.kind {
-            EntryKind::File { size_bytes } => Some(Member::File(start..start + size_bytes)),
+            EntryKind::File { size_bytes } if size_bytes <= reader.unread_bytes() => {
+                Some(Member::File(start..start + size_bytes))
+            }
+            EntryKind::File { .. } => {
+                return Err(Error::unsupported(format!("member {} is a sparse file", show(&entry.path))));
+            }
             EntryKind::HardLink(target) => Some(Member::Link(join(&components(&target)?))),
             EntryKind::Symlink(target) => Some(Member::Link(resolve(&entry.path, &target)?)),
             _ => None,

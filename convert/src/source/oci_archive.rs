@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use ublkimg_registry::descriptor::{Descriptor, MEDIA_TYPE_INDEX, Platform};
+use ublkimg_registry::descriptor::{Descriptor, Index, MEDIA_TYPE_INDEX, Platform};
 use ublkimg_registry::{Digest, MAX_MANIFEST_BYTES};
 
 use super::archive::Archive;
@@ -16,6 +16,10 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) fn open(file: &Path, platform: &Platform) -> Result<Image> {
     let archive = Archive::open(file)?;
     let mut bytes = archive.read(b"index.json", MAX_MANIFEST_BYTES as u64)?;
+    let images = serde_json::from_slice::<Index>(&bytes).map_or(0, |index| index.manifests.len());
+    if images > 1 {
+        return Err(Error::unsupported(format!("the archive holds {images} images; save one at a time")));
+    }
     // Layouts often leave the type of their own index out.
     let mut media_type = MEDIA_TYPE_INDEX.to_owned();
     for _ in 0..INDEX_DEPTH_MAX {

@@ -328,14 +328,23 @@ impl Facts<'_> {
         } else if let Some(path) = &self.extensions.long_name {
             Cow::Borrowed(path)
         } else {
-            match self.header.prefix() {
-                Some(prefix) if !prefix.is_empty() => {
-                    Cow::Owned([prefix, b"/".as_slice(), self.header.path_bytes()].concat())
-                }
-                _ => Cow::Borrowed(self.header.path_bytes()),
+            match self.prefix() {
+                b"" => Cow::Borrowed(self.header.path_bytes()),
+                prefix => Cow::Owned([prefix, b"/".as_slice(), self.header.path_bytes()].concat()),
             }
         };
         if path.is_empty() || path.contains(&0) { Err(Malformed("name")) } else { Ok(path.into_owned()) }
+    }
+
+    /// The directory part of the name in a ustar header. Like Go, whatever the version field says, and shorter in the
+    /// variant of Schily's tar.
+    fn prefix(&self) -> &[u8] {
+        let ustar = self.header.as_ustar();
+        if ustar.magic != *b"ustar\0" {
+            return b"";
+        }
+        let prefix = if self.header.as_bytes()[508..] == *b"tar\0" { &ustar.prefix[..131] } else { &ustar.prefix[..] };
+        prefix.split(|byte| *byte == 0).next().unwrap_or_default()
     }
 
     fn link(&self) -> Result<Vec<u8>, Malformed> {

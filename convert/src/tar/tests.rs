@@ -81,6 +81,10 @@ fn names_by_priority() {
     let mut prefixed = HeaderBuilder::new(b'0', "name");
     prefixed.set(345, b"some/prefix");
     assert_eq!(only(tar().entry(prefixed, b"")).0.path, b"some/prefix/name");
+    let mut odd_version = HeaderBuilder::new(b'0', "name");
+    odd_version.set(263, b"\0\0");
+    odd_version.set(345, b"prefix");
+    assert_eq!(only(tar().entry(odd_version, b"")).0.path, b"prefix/name");
     // GNU headers have times where ustar has the prefix.
     let mut gnu = HeaderBuilder::new(b'0', "name").gnu();
     gnu.set(345, b"00000000001");

@@ -1,5 +1,7 @@
 //! Conversions from end to end: images built with the system's tar, converted, exported, checked and mounted.
 
+#![expect(clippy::unwrap_used, reason = "tests")]
+
 mod archives;
 mod errors;
 mod fixture;
