@@ -34,6 +34,7 @@ proptest! {
         let metadata = write_merged(&tree, &slots).unwrap();
         let (read, geometry) = read_tree(&metadata).unwrap();
         prop_assert_eq!(&read, &tree);
+        prop_assert_eq!(&read_geometry(&metadata).unwrap(), &geometry);
         prop_assert_eq!(write_merged(&read, &slots).unwrap(), metadata);
         let mut mapped_block = geometry.metadata_blocks;
         for (device, slot) in geometry.devices.iter().zip(&slots) {
@@ -41,7 +42,6 @@ proptest! {
             mapped_block += slot.blocks;
         }
         prop_assert_eq!(geometry.devices.len(), slots.len());
-        prop_assert_eq!(&read_geometry(&metadata).unwrap(), &geometry);
         prop_assert_eq!(geometry.total_blocks, mapped_block);
     }
 
