@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::watch;
 use ublkimg_image::zstd_frame::skippable_payload;
@@ -85,7 +86,9 @@ pub async fn attach(
     let attaching = Attaching::new(store, engine, location, options).await?;
     let attached = async {
         let (manifest_digest, manifest) = attaching.manifest(&options.platform).await?;
-        attaching.load(manifest_digest, &manifest).await
+        let manifest = parse(manifest_digest, &manifest)?;
+        let blob = attaching.metadata_blob(&manifest).await?;
+        attaching.load(manifest_digest, manifest, blob).await
     };
     let timed_out = || {
         let seconds = options.attach_deadline.as_secs();
@@ -109,11 +112,10 @@ pub async fn reopen(
     let attaching = Attaching::new(store, engine, location, options).await?;
     let not_here = |digest: Digest| Error::new(ErrorKind::NotFound, format!("{digest} is not in the store"));
     let manifest = attaching.stored(manifest_digest).await?.ok_or_else(|| not_here(manifest_digest))?;
-    let blob = ErofsManifest::parse(&manifest).map_err(|error| bad_manifest(manifest_digest, error))?.metadata.digest;
-    if attaching.stored(blob).await?.is_none() {
-        return Err(not_here(blob));
-    }
-    attaching.load(manifest_digest, &manifest).await
+    let manifest = parse(manifest_digest, &manifest)?;
+    let digest = manifest.metadata.digest;
+    let blob = attaching.stored(digest).await?.ok_or_else(|| not_here(digest))?;
+    attaching.load(manifest_digest, manifest, blob).await
 }
 
 /// What attaching one image works with.
@@ -141,7 +143,7 @@ impl<'a> Attaching<'a> {
     }
 
     /// The manifest that the location names, kept in the store.
-    async fn manifest(&self, platform: &Platform) -> Result<(Digest, Vec<u8>)> {
+    async fn manifest(&self, platform: &Platform) -> Result<(Digest, Bytes)> {
         if let Location::Registry(reference) = self.location
             && let Some(digest) = reference.digest()
             && let Some(manifest) = self.stored(digest).await?
@@ -160,24 +162,24 @@ impl<'a> Attaching<'a> {
                 None => (chosen.digest, self.fetch_manifest(chosen.digest).await?),
             }
         } else {
-            (resolved.digest, resolved.bytes.to_vec())
+            (resolved.digest, resolved.bytes)
         };
         // What is not ours does not go into the store.
-        ErofsManifest::parse(&manifest).map_err(|error| bad_manifest(digest, error))?;
-        self.keep(digest, &manifest).await?;
+        parse(digest, &manifest)?;
+        self.keep(digest, manifest.clone()).await?;
         Ok((digest, manifest))
     }
 
-    async fn fetch_manifest(&self, digest: Digest) -> Result<Vec<u8>> {
+    async fn fetch_manifest(&self, digest: Digest) -> Result<Bytes> {
         self.count_request();
         let manifest = self.repository.manifest(&digest).await;
         let manifest = manifest.map_err(|error| Error::registry(format!("fetch manifest {digest}"), error))?;
         self.count_bytes(manifest.len());
-        Ok(manifest.to_vec())
+        Ok(manifest)
     }
 
     /// The metadata blob, from the store or into it.
-    async fn metadata_blob(&self, manifest: &ErofsManifest) -> Result<Vec<u8>> {
+    async fn metadata_blob(&self, manifest: &ErofsManifest) -> Result<Bytes> {
         let reference = &manifest.metadata;
         if let Some(blob) = self.stored(reference.digest).await? {
             return Ok(blob);
@@ -193,13 +195,12 @@ impl<'a> Attaching<'a> {
             Err(error) => Error::io(what(), error),
         })?;
         self.count_bytes(blob.len());
-        self.keep(reference.digest, &blob).await?;
+        let blob = Bytes::from(blob);
+        self.keep(reference.digest, blob.clone()).await?;
         Ok(blob)
     }
 
-    async fn load(&self, manifest_digest: Digest, manifest: &[u8]) -> Result<LoadedImage> {
-        let manifest = ErofsManifest::parse(manifest).map_err(|error| bad_manifest(manifest_digest, error))?;
-        let blob = self.metadata_blob(&manifest).await?;
+    async fn load(&self, manifest_digest: Digest, manifest: ErofsManifest, blob: Bytes) -> Result<LoadedImage> {
         let (store, of_blocking) = (Arc::clone(self.store), manifest.clone());
         let prepared = blocking(move || Prepared::new(&store, &of_blocking, &blob)).await?;
         let image = self.register(prepared, &manifest).await?;
@@ -230,13 +231,13 @@ impl<'a> Attaching<'a> {
         ServedImage::new(metadata, prepared.metadata_blocks, blobs, Arc::clone(&self.counters), Some(attachment))
     }
 
-    async fn stored(&self, digest: Digest) -> Result<Option<Vec<u8>>> {
+    async fn stored(&self, digest: Digest) -> Result<Option<Bytes>> {
         let store = Arc::clone(self.store);
-        blocking(move || store.object(Sha256(digest.0))).await
+        blocking(move || Ok(store.object(Sha256(digest.0))?.map(Bytes::from))).await
     }
 
-    async fn keep(&self, digest: Digest, bytes: &[u8]) -> Result<()> {
-        let (store, bytes) = (Arc::clone(self.store), bytes.to_vec());
+    async fn keep(&self, digest: Digest, bytes: Bytes) -> Result<()> {
+        let store = Arc::clone(self.store);
         blocking(move || store.put_object(Sha256(digest.0), &bytes)).await
     }
 
@@ -367,6 +368,10 @@ fn bad_format(digest: Digest, error: ublkimg_image::Error) -> Error {
         _ => ErrorKind::Corrupt,
     };
     Error::caused(kind, format!("metadata blob {digest}"), error)
+}
+
+fn parse(digest: Digest, manifest: &[u8]) -> Result<ErofsManifest> {
+    ErofsManifest::parse(manifest).map_err(|error| bad_manifest(digest, error))
 }
 
 /// A manifest that breaks a rule is the producer's fault, not the user's.

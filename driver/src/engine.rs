@@ -20,7 +20,7 @@ use std::time::Instant;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use tokio::sync::{oneshot, watch};
 use ublkimg_image::{BLOCK_SIZE, ChunkIndex, Sha256};
-use ublkimg_scheduler::{Action, BlobKey, ChunkEntry, ChunkKey, Class, Counters, Event, Scheduler, Ticket};
+use ublkimg_scheduler::{Action, BlobKey, ChunkEntry, ChunkKey, Class, Counters, Event, Now, Scheduler, Ticket};
 
 use crate::counters::ImageCounters;
 use crate::error::{Error, ErrorKind, Result};
@@ -305,14 +305,14 @@ impl EngineThread {
                         parked.wake(outcome);
                     }
                 }
-                Action::Fetch { chunk, class } => self.fetch(chunk, class, &mut actions),
+                Action::Fetch { chunk, class, since } => self.fetch(chunk, class, since, &mut actions),
             }
         }
         actions.clear();
         self.actions = actions;
     }
 
-    fn fetch(&mut self, chunk: ChunkKey, class: Class, actions: &mut Vec<Action>) {
+    fn fetch(&mut self, chunk: ChunkKey, class: Class, since: Now, actions: &mut Vec<Action>) {
         let now = self.start.elapsed();
         match self.blobs.get(&chunk.blob) {
             None => self.scheduler.step(Event::Failed { chunk, errno: libc::EIO }, now, actions),
@@ -321,6 +321,7 @@ impl EngineThread {
             Some(blob) => self.spawner.fetch(FetchJob {
                 chunk,
                 class,
+                since: self.start + since,
                 file: Arc::clone(&blob.file),
                 sources: blob.sources.iter().map(|(_, source)| Arc::clone(source)).collect(),
             }),
@@ -352,7 +353,7 @@ impl EngineThread {
             // Another image may have come for the blob since the fetch began.
             Outcome::Abandoned if self.blobs.contains_key(&chunk.blob) => {
                 let mut actions = Vec::new();
-                self.fetch(chunk, Class::Demand, &mut actions);
+                self.fetch(chunk, Class::Demand, self.start.elapsed(), &mut actions);
                 debug_assert!(actions.is_empty(), "an abandoned chunk is not in the store");
             }
             Outcome::Abandoned => self.step(Event::Failed { chunk, errno: libc::EIO }),

@@ -56,6 +56,8 @@ pub(crate) struct Source {
 pub(crate) struct FetchJob {
     pub(crate) chunk: ChunkKey,
     pub(crate) class: Class,
+    /// Read deadlines count from here.
+    pub(crate) since: std::time::Instant,
     pub(crate) file: Arc<BlobFile>,
     /// In the order in which they are tried.
     pub(crate) sources: Vec<Arc<Source>>,
@@ -140,7 +142,7 @@ impl Spawner {
         let (decoders, completions) = (self.decoders.clone(), self.completions.clone());
         self.runtime.spawn(async move {
             let chunk = job.chunk;
-            let outcome = match download_from_any(&job.sources, chunk.chunk).await {
+            let outcome = match download_from_any(&job.sources, chunk.chunk, job.since.into()).await {
                 Ok((stored, source)) => {
                     let decode = DecodeJob { chunk, class: job.class, stored, file: job.file, source };
                     match decoders.push(decode) {
@@ -156,10 +158,14 @@ impl Spawner {
     }
 }
 
-async fn download_from_any(sources: &[Arc<Source>], chunk: u32) -> Result<(Bytes, Arc<Source>), Outcome> {
+async fn download_from_any(
+    sources: &[Arc<Source>],
+    chunk: u32,
+    since: Instant,
+) -> Result<(Bytes, Arc<Source>), Outcome> {
     let mut outcome = Outcome::Abandoned;
     for source in sources {
-        match download(source, chunk).await {
+        match download(source, chunk, since + source.read_deadline).await {
             Ok(stored) => return Ok((stored, Arc::clone(source))),
             Err(Outcome::Abandoned) => {}
             Err(failed) => outcome = failed,
@@ -169,8 +175,7 @@ async fn download_from_any(sources: &[Arc<Source>], chunk: u32) -> Result<(Bytes
 }
 
 /// The stored bytes of a chunk, unverified, or how it ended.
-async fn download(source: &Source, chunk: u32) -> Result<Bytes, Outcome> {
-    let deadline = Instant::now() + source.read_deadline;
+async fn download(source: &Source, chunk: u32, deadline: Instant) -> Result<Bytes, Outcome> {
     let range = source.index.chunk(chunk).stored;
     let mut pause = PAUSE_MIN;
     loop {

@@ -160,7 +160,7 @@ impl ServedImage {
         &self.files
     }
 
-    /// Fills `plan` for a range of device blocks. Blocks past the end of the device read as zeros.
+    /// Fills `plan` for a range of device blocks, less than 4 GiB long. Blocks past the end of the device read as zeros.
     pub fn plan(&self, start_block: u32, len_blocks: u32, plan: &mut Plan) -> Readiness {
         plan.pieces.clear();
         plan.missing.clear();

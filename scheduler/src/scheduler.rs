@@ -6,11 +6,12 @@ use crate::streams::Streams;
 use crate::types::{Action, BlobKey, ChunkEntry, ChunkKey, Class, Event, Now, Ticket};
 
 /// Demanded chunks fetched at the same time; more wait in order. Enough to hide a round trip behind every request of a
-/// queue that stalls on scattered chunks, and it bounds connections and buffers: 64 chunks are at most 16 MiB.
-pub const DEMAND_CHUNKS_MAX: usize = 64;
+/// queue that stalls on scattered chunks. With [`READ_AHEAD_CHUNKS_MAX`] it makes the 64 requests that the registry
+/// client has under way at once, so a demand never waits there behind read-ahead.
+pub const DEMAND_CHUNKS_MAX: usize = 32;
 
-/// Chunks of read-ahead in flight, however small they are: bounds tasks and connections.
-pub const READ_AHEAD_CHUNKS_MAX: usize = 64;
+/// Chunks of read-ahead in flight, however small they are.
+pub const READ_AHEAD_CHUNKS_MAX: usize = 32;
 
 /// Bytes of read-ahead in flight: above the bandwidth-delay product of 1 Gbit/s at 20 ms (2.5 MB). It is also the most
 /// that a demand can find before it on the link.
@@ -38,8 +39,8 @@ struct Chunk {
 struct Flight {
     class: Class,
     stored_len_bytes: u32,
-    /// A demand has joined this read-ahead.
-    late_hit: bool,
+    /// Since when a demand waits for this read-ahead.
+    late_hit: Option<Now>,
 }
 
 /// What has been decided so far. Chunks, if not said otherwise. Hits are not known here: a request that finds
@@ -75,8 +76,8 @@ pub struct Scheduler {
     demand_in_flight: usize,
     read_ahead_in_flight: usize,
     read_ahead_in_flight_bytes: u64,
-    /// Demanded chunks in state `Queued`, each once, in the order of the demands.
-    queue: VecDeque<ChunkKey>,
+    /// Demanded chunks in state `Queued`, each once, in the order of the demands, with the time of the first.
+    queue: VecDeque<(ChunkKey, Now)>,
     /// Who waits for a chunk that is queued or in flight. A ticket that was woken early may still be listed.
     waiters: BTreeMap<ChunkKey, Vec<Ticket>>,
     /// How many entries of `waiters` each waiting request still has.
@@ -104,7 +105,7 @@ impl Scheduler {
             Event::Lost { chunk } => self.lost(chunk),
         }
         self.issue_demands(actions);
-        self.issue_read_ahead(actions);
+        self.issue_read_ahead(now, actions);
     }
 
     /// What has been decided so far.
@@ -137,7 +138,7 @@ impl Scheduler {
     fn remove_blob(&mut self, blob: BlobKey, actions: &mut Vec<Action>) {
         self.blobs.remove(&blob);
         self.streams.remove(blob);
-        self.queue.retain(|chunk| chunk.blob != blob);
+        self.queue.retain(|(chunk, _)| chunk.blob != blob);
         let of_blob = ChunkKey { blob, chunk: 0 }..=ChunkKey { blob, chunk: u32::MAX };
         let chunks: Vec<ChunkKey> = self.waiters.range(of_blob).map(|(chunk, _)| *chunk).collect();
         for chunk in chunks {
@@ -154,7 +155,7 @@ impl Scheduler {
         let mut waits = 0;
         for &chunk in chunks {
             self.access(chunk, now);
-            if self.want(chunk) {
+            if self.want(chunk, now) {
                 self.waiters.entry(chunk).or_default().push(ticket);
                 waits += 1;
             }
@@ -167,18 +168,18 @@ impl Scheduler {
     }
 
     /// Makes sure that a demanded chunk is on its way; false if it is there already.
-    fn want(&mut self, chunk: ChunkKey) -> bool {
+    fn want(&mut self, chunk: ChunkKey, now: Now) -> bool {
         match self.chunk(chunk).map(|chunk| chunk.state) {
             None | Some(State::Present) => return false,
             Some(State::Absent) => {
                 self.counters.misses += 1;
                 self.set_state(chunk, State::Queued);
-                self.queue.push_back(chunk);
+                self.queue.push_back((chunk, now));
             }
             Some(State::Queued) => self.counters.joined += 1,
             Some(State::InFlight) => match self.in_flight.get_mut(&chunk) {
-                Some(flight) if flight.class == Class::ReadAhead && !flight.late_hit => {
-                    flight.late_hit = true;
+                Some(flight) if flight.class == Class::ReadAhead && flight.late_hit.is_none() => {
+                    flight.late_hit = Some(now);
                     self.counters.late_hits += 1;
                 }
                 _ => self.counters.joined += 1,
@@ -195,7 +196,7 @@ impl Scheduler {
     }
 
     fn fetched(&mut self, chunk: ChunkKey, actions: &mut Vec<Action>) {
-        if !self.land(chunk) {
+        if self.land(chunk).is_none() {
             return;
         }
         self.counters.fetched += 1;
@@ -212,8 +213,13 @@ impl Scheduler {
     }
 
     fn failed(&mut self, chunk: ChunkKey, errno: i32, actions: &mut Vec<Action>) {
-        if self.land(chunk) {
-            self.counters.failed += 1;
+        let Some(flight) = self.land(chunk) else { return };
+        self.counters.failed += 1;
+        if let (Some(since), Some(_)) = (flight.late_hit, self.chunk(chunk)) {
+            // Who joined a read-ahead has waited for less time than that, and may wait for longer.
+            self.set_state(chunk, State::Queued);
+            self.queue.push_back((chunk, since));
+        } else {
             self.set_state(chunk, State::Absent);
             self.wake_with_error(chunk, errno, actions);
         }
@@ -225,9 +231,9 @@ impl Scheduler {
         }
     }
 
-    /// Frees the place of a fetch that ended; false if there was none.
-    fn land(&mut self, chunk: ChunkKey) -> bool {
-        let Some(flight) = self.in_flight.remove(&chunk) else { return false };
+    /// Frees the place of a fetch that ended; `None` if there was none.
+    fn land(&mut self, chunk: ChunkKey) -> Option<Flight> {
+        let flight = self.in_flight.remove(&chunk)?;
         match flight.class {
             Class::Demand => self.demand_in_flight -= 1,
             Class::ReadAhead => {
@@ -235,7 +241,7 @@ impl Scheduler {
                 self.read_ahead_in_flight_bytes -= u64::from(flight.stored_len_bytes);
             }
         }
-        true
+        Some(flight)
     }
 
     fn wake_with_error(&mut self, chunk: ChunkKey, errno: i32, actions: &mut Vec<Action>) {
@@ -248,14 +254,14 @@ impl Scheduler {
 
     fn issue_demands(&mut self, actions: &mut Vec<Action>) {
         while self.demand_in_flight < DEMAND_CHUNKS_MAX {
-            let Some(chunk) = self.queue.pop_front() else { break };
-            self.issue(chunk, Class::Demand, actions);
+            let Some((chunk, since)) = self.queue.pop_front() else { break };
+            self.issue(chunk, Class::Demand, since, actions);
         }
     }
 
     /// Read-ahead pauses while a demand is being fetched. A demand that joined a read-ahead does not pause it: what it
     /// waits for is already before everything that is issued now, and a steady reader always waits for something.
-    fn issue_read_ahead(&mut self, actions: &mut Vec<Action>) {
+    fn issue_read_ahead(&mut self, now: Now, actions: &mut Vec<Action>) {
         while self.demand_in_flight == 0
             && self.read_ahead_in_flight < READ_AHEAD_CHUNKS_MAX
             && let Some(chunk) = self.streams.next()
@@ -265,14 +271,14 @@ impl Scheduler {
                 self.streams.put_back();
                 break;
             }
-            self.issue(chunk, Class::ReadAhead, actions);
+            self.issue(chunk, Class::ReadAhead, now, actions);
         }
     }
 
-    fn issue(&mut self, chunk: ChunkKey, class: Class, actions: &mut Vec<Action>) {
+    fn issue(&mut self, chunk: ChunkKey, class: Class, since: Now, actions: &mut Vec<Action>) {
         let Some(stored_len_bytes) = self.chunk(chunk).map(|chunk| chunk.stored_len_bytes) else { return };
         self.set_state(chunk, State::InFlight);
-        if self.in_flight.insert(chunk, Flight { class, stored_len_bytes, late_hit: false }).is_some() {
+        if self.in_flight.insert(chunk, Flight { class, stored_len_bytes, late_hit: None }).is_some() {
             debug_assert!(false, "{chunk:?} is in flight already");
             self.counters.duplicates += 1;
         }
@@ -285,7 +291,7 @@ impl Scheduler {
                 self.counters.read_ahead_bytes += u64::from(stored_len_bytes);
             }
         }
-        actions.push(Action::Fetch { chunk, class });
+        actions.push(Action::Fetch { chunk, class, since });
     }
 
     fn chunk(&self, key: ChunkKey) -> Option<&Chunk> {

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-const CHUNK_LEN_BYTES: u32 = 100 << 10;
+const CHUNK_LEN_BYTES: u32 = 200 << 10;
 
 fn key(blob: u32, chunk: u32) -> ChunkKey {
     ChunkKey { blob: BlobKey(blob), chunk }
@@ -29,6 +29,16 @@ impl Rig {
     }
 
     fn step(&mut self, event: Event<'_>) -> Vec<Action> {
+        let mut actions = self.step_timed(event);
+        for action in &mut actions {
+            if let Action::Fetch { since, .. } = action {
+                *since = Now::ZERO;
+            }
+        }
+        actions
+    }
+
+    fn step_timed(&mut self, event: Event<'_>) -> Vec<Action> {
         let mut actions = Vec::new();
         self.now += Now::from_micros(1);
         self.scheduler.step(event, self.now, &mut actions);
@@ -41,7 +51,7 @@ impl Rig {
 }
 
 fn fetch(chunk: ChunkKey, class: Class) -> Action {
-    Action::Fetch { chunk, class }
+    Action::Fetch { chunk, class, since: Now::ZERO }
 }
 
 fn wake(ticket: u64, outcome: Result<(), i32>) -> Action {
@@ -69,17 +79,30 @@ fn a_failed_chunk_wakes_with_its_errno_and_is_fetched_again() {
 }
 
 #[test]
+fn who_joined_a_failed_read_ahead_has_a_fetch_of_its_own() {
+    let mut rig = Rig::new(1, 100);
+    rig.step(Event::Touch { chunk: key(0, 0) });
+    let actions = rig.step(Event::Touch { chunk: key(0, 1) });
+    assert_eq!(actions[0], fetch(key(0, 2), Class::ReadAhead));
+    let joined_at = rig.now + Now::from_micros(1);
+    assert_eq!(rig.demand(1, &[key(0, 2)])[..1], [fetch(key(0, 4), Class::ReadAhead)]);
+    let actions = rig.step_timed(Event::Failed { chunk: key(0, 2), errno: 5 });
+    assert_eq!(actions, [Action::Fetch { chunk: key(0, 2), class: Class::Demand, since: joined_at }]);
+    assert_eq!(rig.step(Event::Failed { chunk: key(0, 2), errno: 5 })[0], wake(1, Err(5)));
+}
+
+#[test]
 fn a_demand_that_joins_read_ahead_is_a_late_hit_and_does_not_stop_it() {
     let mut rig = Rig::new(1, 100);
     rig.demand(1, &[key(0, 0)]);
     rig.step(Event::Fetched { chunk: key(0, 0) });
     rig.demand(2, &[key(0, 1)]);
     let actions = rig.step(Event::Fetched { chunk: key(0, 1) });
-    let ahead = [2, 3, 4].map(|chunk| fetch(key(0, chunk), Class::ReadAhead));
+    let ahead = [2, 3].map(|chunk| fetch(key(0, chunk), Class::ReadAhead));
     assert_eq!(actions[0], wake(2, Ok(())));
     assert_eq!(actions[1..], ahead, "the first window, now that no demand is open");
     let actions = rig.demand(3, &[key(0, 2)]);
-    assert_eq!(actions[0], fetch(key(0, 5), Class::ReadAhead), "{actions:?}");
+    assert_eq!(actions[0], fetch(key(0, 4), Class::ReadAhead), "{actions:?}");
     assert_eq!(rig.scheduler.counters().late_hits, 1);
 }
 
@@ -89,7 +112,7 @@ fn read_ahead_waits_while_a_demand_is_open_and_stays_inside_its_window() {
     for chunk in 0..50 {
         rig.step(Event::Touch { chunk: key(0, chunk) });
     }
-    assert_eq!(rig.scheduler.read_ahead_in_flight_bytes / u64::from(CHUNK_LEN_BYTES), 40, "4 MiB of 100 KiB chunks");
+    assert_eq!(rig.scheduler.read_ahead_in_flight_bytes / u64::from(CHUNK_LEN_BYTES), 20, "4 MiB of 200 KiB chunks");
     assert_eq!(
         rig.demand(1, &[key(1, 500)]),
         [fetch(key(1, 500), Class::Demand)],
@@ -192,8 +215,9 @@ impl Model {
         assert!(scheduler.demand_in_flight <= DEMAND_CHUNKS_MAX);
         assert!(scheduler.read_ahead_in_flight <= READ_AHEAD_CHUNKS_MAX);
         assert!(scheduler.read_ahead_in_flight_bytes <= READ_AHEAD_BYTES_MAX);
-        assert!(scheduler.queue.iter().collect::<BTreeSet<_>>().len() == scheduler.queue.len());
-        assert!(scheduler.waiters.keys().all(|chunk| self.flying.contains(chunk) || scheduler.queue.contains(chunk)));
+        let queued: BTreeSet<ChunkKey> = scheduler.queue.iter().map(|(chunk, _)| *chunk).collect();
+        assert_eq!(queued.len(), scheduler.queue.len());
+        assert!(scheduler.waiters.keys().all(|chunk| self.flying.contains(chunk) || queued.contains(chunk)));
         assert_eq!(scheduler.counters().duplicates, 0);
     }
 }

@@ -96,6 +96,9 @@ pub enum Action {
         chunk: ChunkKey,
         /// Why.
         class: Class,
+        /// When it was first demanded, or chosen for read-ahead. Deadlines count from here, not from the moment at
+        /// which there was a place for it in flight.
+        since: Now,
     },
     /// Answer the device request: all its chunks are there, or an errno.
     Wake {

@@ -15,6 +15,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -61,7 +62,9 @@ impl Store {
     }
 
     fn open_in_boot(root: &Path, boot_id: BootId) -> Result<Self> {
-        fs::create_dir_all(root).map_err(|error| Error::path("make directory", root, error))?;
+        // Images may be private: a new store is its owner's alone.
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(root);
+        made.map_err(|error| Error::path("make directory", root, error))?;
         let layout = Layout::new(root);
         let lock = take_lock(&layout)?;
         layout.prepare()?;

@@ -223,6 +223,41 @@ fn objects_are_checked_and_left_overs_removed() {
     assert!(!left_over.exists());
 }
 
+/// A file system of 64 blocks, unmounted when dropped.
+struct TinyFileSystem(tempfile::TempDir);
+
+impl TinyFileSystem {
+    fn mount() -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        match rustix::mount::mount("tiny", dir.path(), "tmpfs", flags, c"size=256k") {
+            Ok(()) => Some(Self(dir)),
+            Err(error) => {
+                println!("SKIP: cannot mount a tmpfs: {error}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for TinyFileSystem {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_what_did_not_fit_is_not_there() {
+    let Some(disk) = TinyFileSystem::mount() else { return };
+    let (_store, blob) = reopened(disk.0.path(), BOOT);
+    blob.write(0, &contents(0, 10)).unwrap();
+    let error = blob.write(10, &contents(10, 100)).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::NoSpace, libc::ENOSPC));
+    assert_eq!(blob.present_blocks(), 10);
+    assert_eq!(blob.write(150, &contents(150, 50)).unwrap_err().kind(), ErrorKind::NoSpace);
+    assert_eq!(read_block(&blob, 9), content(9, 0));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Write {
