@@ -1,2 +1,37 @@
-//! The ublkimg command.
-fn main() {}
+//! `ublkimg`: arguments, output and exit codes; everything else is in the library crates.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod commands;
+mod exit;
+mod output;
+mod progress;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let arguments = args::Arguments::parse();
+    start_log(&arguments.global.log);
+    match commands::run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ublkimg: {}", exit::one_line(&error));
+            exit::code(&error)
+        }
+    }
+}
+
+/// Logs go to stderr, so that stdout holds results only.
+fn start_log(filter: &str) {
+    let filter = tracing_subscriber::EnvFilter::builder().parse_lossy(filter);
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}

@@ -2,6 +2,7 @@
 
 pub mod attach;
 pub mod counters;
+pub mod daemon;
 mod decode;
 pub mod device;
 pub mod engine;

@@ -1,0 +1,257 @@
+//! The command line, as clap derives it; help texts, man pages and completions come from here.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Container images from a registry as read-only block devices: the container starts at once, its bytes stream in.
+#[derive(Debug, Parser)]
+#[command(name = "ublkimg", version, propagate_version = true, after_help = EXIT_CODES)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The documented exit codes; README carries the same table and a test compares them.
+pub(crate) const EXIT_CODES: &str = "Exit codes:
+  0   done
+  1   internal error: please report it
+  2   bad usage
+  3   not found: image, tag, file or device
+  4   credentials are missing or were refused
+  5   not an ublkimg image: convert it first
+  6   verification failed: bytes are not what their digest says
+  7   timed out, or the registry is not reachable
+  8   the kernel lacks something: see `ublkimg doctor`
+  9   busy: mounted, or another command is at work on it
+  10  the disk is full
+  11  the source image is malformed
+  12  a file or system call failed";
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Global {
+    /// Directory of the store and the device records
+    #[arg(long, global = true, env = "UBLKIMG_ROOT", default_value = "/var/lib/ublkimg", value_name = "DIR")]
+    pub(crate) root: PathBuf,
+    /// Directory of the daemon's socket and log
+    #[arg(long, global = true, env = "UBLKIMG_RUN_DIR", default_value = "/run/ublkimg", value_name = "DIR")]
+    pub(crate) run_dir: PathBuf,
+    /// What to log to stderr: error, warn, info, debug, trace, or a filter such as `ublkimg_driver=debug`
+    #[arg(long, global = true, env = "UBLKIMG_LOG", default_value = "warn", value_name = "FILTER")]
+    pub(crate) log: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make an ublkimg image of a container image or a directory
+    Convert(Convert),
+    /// Attach an image as a block device, and mount it
+    Add(Add),
+    /// Unmount and remove a device
+    Rm(Rm),
+    /// List the devices
+    Ls(Ls),
+    /// Show one device in detail
+    Status(Status),
+    /// Show what an image in a registry or layout consists of
+    Inspect(Inspect),
+    /// Say what this host has and lacks
+    Doctor(Doctor),
+    /// Run the daemon that serves the devices (`add` starts it when needed)
+    Daemon(Daemon),
+    /// Write man pages and shell completions
+    #[command(hide = true)]
+    Docs(Docs),
+    /// Mount or unmount in a process that may be killed
+    #[command(hide = true, name = "mount-helper")]
+    MountHelper(MountHelper),
+}
+
+/// How registries are spoken to.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RegistryOptions {
+    /// Speak plain HTTP also to registries that are not on this machine
+    #[arg(long)]
+    pub(crate) plain_http: bool,
+    /// Read credentials from this file (docker's config.json or containers' auth.json)
+    #[arg(long, value_name = "FILE", env = "REGISTRY_AUTH_FILE")]
+    pub(crate) auth_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Convert {
+    /// Registry reference, oci:DIR[:TAG], oci-archive:FILE, docker-archive:FILE or dir:PATH
+    pub(crate) source: String,
+    /// Registry reference or oci:DIR[:TAG]
+    pub(crate) destination: String,
+    /// Platform to take from a multi-platform image, such as linux/arm64 (default: this machine's)
+    #[arg(long, value_name = "OS/ARCH")]
+    pub(crate) platform: Option<String>,
+    /// Directory for unlinked temporary files, at most the raw size of the layers at work
+    #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/var/tmp")]
+    pub(crate) tmpdir: PathBuf,
+    /// zstd level of the chunks
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
+    pub(crate) level: i32,
+    /// Threads that compress (default: all cores)
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<std::num::NonZeroUsize>,
+    #[command(flatten)]
+    pub(crate) registry: RegistryOptions,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Add {
+    /// The image: registry reference or oci:DIR[:TAG]
+    pub(crate) reference: String,
+    /// Name of the device (default: made of the reference)
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Mount the file system here, read-only; the directory is made if it is missing
+    #[arg(long, value_name = "DIR")]
+    pub(crate) mount: Option<PathBuf>,
+    /// How the device is served: ublk survives a crash of the daemon, fuse does not
+    #[arg(long, value_enum, default_value_t = TransportArgument::Auto)]
+    pub(crate) transport: TransportArgument,
+    /// How long attaching and mounting may take
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub(crate) timeout: Duration,
+    /// How long a read may wait for the registry before it fails
+    #[arg(long, value_name = "TIME", default_value = "300s", value_parser = duration)]
+    pub(crate) read_timeout: Duration,
+    #[command(flatten)]
+    pub(crate) registry: RegistryOptions,
+    /// Print the device as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum TransportArgument {
+    /// ublk where the kernel has it, else fuse
+    Auto,
+    /// A ublk device
+    Ublk,
+    /// A FUSE file behind a loop device
+    Fuse,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Rm {
+    /// A device's name, its mount point, or its path
+    pub(crate) target: String,
+    /// Remove it even if it is mounted: the mounts are detached, their readers get errors
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ls {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    /// The device's name, its mount point, or its path
+    pub(crate) target: String,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// The image: registry reference or oci:DIR[:TAG]
+    pub(crate) reference: String,
+    #[command(flatten)]
+    pub(crate) registry: RegistryOptions,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Daemon {
+    /// End the daemon; refused while it has devices
+    #[arg(long, conflicts_with = "server")]
+    pub(crate) stop: bool,
+    /// With --stop: leave the devices to the next daemon; their readers wait for it
+    #[arg(long, requires = "stop")]
+    pub(crate) keep_devices: bool,
+    /// Run in a session of its own, as `add` starts it
+    #[arg(long, hide = true, conflicts_with = "stop")]
+    pub(crate) background: bool,
+    /// Be the server, without a guard
+    #[arg(long, hide = true)]
+    pub(crate) server: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Docs {
+    /// Where to write them
+    pub(crate) directory: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MountHelper {
+    /// The block device; without it, unmount
+    #[arg(long)]
+    pub(crate) device: Option<PathBuf>,
+    /// Detach a mount that is in use
+    #[arg(long)]
+    pub(crate) detach: bool,
+    /// The mount point
+    pub(crate) directory: PathBuf,
+}
+
+/// `500ms`, `60s`, `5m` or a plain number of seconds.
+fn duration(text: &str) -> Result<Duration, String> {
+    let (number, unit_ms) = match text.find(|c: char| !c.is_ascii_digit()) {
+        None => (text, 1000),
+        Some(at) => match &text[at..] {
+            "ms" => (&text[..at], 1),
+            "s" => (&text[..at], 1000),
+            "m" => (&text[..at], 60_000),
+            unit => return Err(format!("unknown unit {unit:?}: use ms, s or m")),
+        },
+    };
+    let number: u64 = number.parse().map_err(|_| format!("{text:?} is no time: write 500ms, 60s or 5m"))?;
+    number.checked_mul(unit_ms).filter(|ms| *ms > 0).map(Duration::from_millis).ok_or_else(|| "out of range".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn clap_accepts_the_definition() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn times_have_units() {
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("60s"), Ok(Duration::from_secs(60)));
+        assert_eq!(duration("2"), Ok(Duration::from_secs(2)));
+        assert_eq!(duration("5m"), Ok(Duration::from_secs(300)));
+        for bad in ["", "s", "0s", "1h", "-1s", "99999999999999999999s"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

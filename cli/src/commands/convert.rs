@@ -1,0 +1,82 @@
+//! `ublkimg convert`: an ublkimg image of a container image or a directory.
+
+use serde::Serialize;
+use ublkimg_convert::{Options, Source, Summary};
+use ublkimg_driver::error::{Error, ErrorKind};
+use ublkimg_registry::Location;
+use ublkimg_registry::descriptor::Platform;
+
+use crate::args::Convert;
+use crate::{output, progress};
+
+/// What `convert --json` prints.
+#[derive(Serialize)]
+struct Converted {
+    reference: String,
+    index: String,
+    manifest: String,
+    platform: String,
+    metadata_bytes: u64,
+    layers: Vec<Layer>,
+}
+
+#[derive(Serialize)]
+struct Layer {
+    source: Option<String>,
+    source_bytes: u64,
+    digest: String,
+    stored_bytes: u64,
+    raw_bytes: u64,
+    chunks: u32,
+    existed: bool,
+}
+
+pub(super) fn run(command: &Convert) -> anyhow::Result<()> {
+    let source: Source = command.source.parse()?;
+    let destination: Location = command.destination.parse()?;
+    let defaults = Options::default();
+    let options = Options {
+        client: super::client_options(&command.registry),
+        platform: command.platform.as_deref().map(platform).transpose()?.unwrap_or(defaults.platform),
+        tmpdir: command.tmpdir.clone(),
+        level: command.level,
+        threads: command.threads.unwrap_or(defaults.threads),
+    };
+    let conversion = ublkimg_convert::convert(&source, &destination, &options, progress::for_stderr());
+    let summary = super::runtime()?.block_on(conversion)?;
+    if command.json {
+        return output::json(&converted(&destination, &summary));
+    }
+    output::line(&format!("{destination}@{}", summary.digest))
+}
+
+/// `linux/arm64`.
+fn platform(text: &str) -> anyhow::Result<Platform> {
+    match text.split_once('/') {
+        Some((os, architecture)) if !os.is_empty() && !architecture.is_empty() => Ok(Platform::new(os, architecture)),
+        _ => Err(Error::new(ErrorKind::Invalid, format!("{text:?} is no platform: write one like linux/arm64")).into()),
+    }
+}
+
+fn converted(destination: &Location, summary: &Summary) -> Converted {
+    Converted {
+        reference: destination.to_string(),
+        index: summary.digest.to_string(),
+        manifest: summary.manifest.to_string(),
+        platform: summary.platform.to_string(),
+        metadata_bytes: summary.metadata_bytes,
+        layers: summary
+            .layers
+            .iter()
+            .map(|layer| Layer {
+                source: layer.source.as_ref().map(ToString::to_string),
+                source_bytes: layer.source_bytes,
+                digest: layer.digest.to_string(),
+                stored_bytes: layer.size_bytes,
+                raw_bytes: layer.raw_bytes,
+                chunks: layer.chunks,
+                existed: layer.existed,
+            })
+            .collect(),
+    }
+}

@@ -1,0 +1,65 @@
+//! `ublkimg daemon`: the guard with its server, or one of them alone; and how other commands start it.
+
+use std::process::Command;
+use std::time::Duration;
+
+use ublkimg_driver::daemon::protocol::Request;
+use ublkimg_driver::daemon::{Directories, ServerOptions, client, guard, run_server};
+use ublkimg_driver::error::{Error, ErrorKind};
+
+use crate::args::{Daemon, Global};
+
+/// How long a server may take to end: its devices are left or gone by then.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
+pub(super) fn run(global: &Global, command: &Daemon) -> anyhow::Result<()> {
+    let directories = super::directories(global)?;
+    if command.stop {
+        return stop(&directories, command.keep_devices);
+    }
+    if command.server {
+        return Ok(run_server(ServerOptions { directories })?);
+    }
+    if command.background {
+        // Fails only for a process group leader, which then has a session already.
+        let _ = rustix::process::setsid();
+        let _ = std::env::set_current_dir("/");
+    }
+    let executable = std::env::current_exe()?;
+    let outcome = guard::run(&directories, || {
+        let mut server = std::process::Command::new(&executable);
+        pass_global(&mut server, &directories, &global.log);
+        server.args(["daemon", "--server"]);
+        server.into()
+    })?;
+    if outcome == guard::Outcome::AlreadyRunning {
+        tracing::warn!("a daemon runs already for {}", directories.run.display());
+    }
+    Ok(())
+}
+
+fn stop(directories: &Directories, keep_devices: bool) -> anyhow::Result<()> {
+    let Some(_) = client::ask(directories, &Request::Stop { keep_devices }, STOP_TIMEOUT)? else { return Ok(()) };
+    let deadline = std::time::Instant::now() + STOP_TIMEOUT;
+    while guard::is_running(directories)
+        || matches!(client::ask(directories, &Request::Ping, STOP_TIMEOUT), Ok(Some(_)))
+    {
+        if std::time::Instant::now() > deadline {
+            return Err(Error::new(ErrorKind::TimedOut, "the daemon does not end".to_owned()).into());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// The command by which other commands start a daemon.
+pub(super) fn background(global: &Global, directories: &Directories) -> anyhow::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    pass_global(&mut command, directories, &global.log);
+    command.args(["daemon", "--background"]);
+    Ok(command)
+}
+
+fn pass_global(command: &mut Command, directories: &Directories, log: &str) {
+    command.arg("--root").arg(&directories.root).arg("--run-dir").arg(&directories.run).args(["--log", log]);
+}

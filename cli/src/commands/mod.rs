@@ -1,0 +1,77 @@
+//! One module a command.
+
+mod add;
+mod convert;
+mod daemon;
+mod docs;
+mod doctor;
+mod inspect;
+mod ls;
+mod mount_helper;
+mod rm;
+mod status;
+
+use std::path::Path;
+
+use ublkimg_driver::daemon::Directories;
+use ublkimg_driver::daemon::protocol::Answer;
+use ublkimg_driver::error::{Error, ErrorKind};
+use ublkimg_driver::mounts;
+use ublkimg_registry::{ClientOptions, Location};
+
+use crate::args::{Arguments, Command, Global, RegistryOptions};
+
+/// Runs the command.
+pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let global = &arguments.global;
+    match arguments.command {
+        Command::Convert(command) => convert::run(&command),
+        Command::Add(command) => add::run(global, &command),
+        Command::Rm(command) => rm::run(global, &command),
+        Command::Ls(command) => ls::run(global, &command),
+        Command::Status(command) => status::run(global, &command),
+        Command::Inspect(command) => inspect::run(&command),
+        Command::Doctor(command) => doctor::run(&command),
+        Command::Daemon(command) => daemon::run(global, &command),
+        Command::Docs(command) => docs::run(&command),
+        Command::MountHelper(command) => mount_helper::run(&command),
+    }
+}
+
+/// The directories, absolute: the daemon has another working directory.
+fn directories(global: &Global) -> anyhow::Result<Directories> {
+    Ok(Directories { root: absolute(&global.root)?, run: absolute(&global.run_dir)? })
+}
+
+fn absolute(path: &Path) -> anyhow::Result<std::path::PathBuf> {
+    std::path::absolute(path)
+        .map_err(|error| Error::caused(ErrorKind::Invalid, format!("{} is no path", path.display()), error).into())
+}
+
+fn client_options(options: &RegistryOptions) -> ClientOptions {
+    ClientOptions { plain_http: options.plain_http, auth_file: options.auth_file.clone(), ..ClientOptions::default() }
+}
+
+/// A reference, a layout's directory made absolute.
+fn location(text: &str) -> anyhow::Result<Location> {
+    Ok(match text.parse()? {
+        Location::Layout { dir, tag } => Location::Layout { dir: absolute(&dir)?, tag },
+        other => other,
+    })
+}
+
+/// An async runtime for commands that speak to registries themselves.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}
+
+/// The device that is mounted at `directory` in this mount namespace, the topmost one.
+fn mounted_device(directory: &Path) -> anyhow::Result<Option<mounts::DeviceNumber>> {
+    let mounts = mounts::list()?;
+    Ok(mounts.iter().rev().find(|mount| mount.mount_point == directory).map(|mount| mount.device))
+}
+
+/// An answer that does not fit the request: the daemon is of another version.
+fn unexpected(answer: &Answer) -> anyhow::Error {
+    Error::new(ErrorKind::Internal, format!("the daemon gave an answer that does not fit: {answer:?}")).into()
+}

@@ -1,0 +1,65 @@
+//! `ublkimg mount-helper`: mounts or unmounts in a process of its own, because both may block in the kernel until a
+//! server answers, and a process can be killed where a thread cannot.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ublkimg_driver::error::{Error, ErrorKind};
+use ublkimg_driver::mounts;
+
+use crate::args::MountHelper;
+
+/// How often a helper is asked whether it has ended.
+const POLL: Duration = Duration::from_millis(2);
+
+pub(super) fn run(command: &MountHelper) -> anyhow::Result<()> {
+    match &command.device {
+        Some(device) => mounts::mount_erofs(device, &command.directory)?,
+        None if command.detach => mounts::detach(&command.directory)?,
+        None => mounts::unmount(&command.directory)?,
+    }
+    Ok(())
+}
+
+/// Mounts `device` at `directory` in this process's mount namespace, within `timeout`.
+pub(super) fn mount(device: &Path, directory: &Path, timeout: Duration) -> anyhow::Result<()> {
+    let what = format!("mounting {} at {}", device.display(), directory.display());
+    help([OsStr::new("--device"), device.as_os_str(), directory.as_os_str()], &what, timeout)
+}
+
+/// Unmounts `directory`, within `timeout`; with `detach` also when it is in use.
+pub(super) fn unmount(directory: &Path, detach: bool, timeout: Duration) -> anyhow::Result<()> {
+    let what = format!("unmounting {}", directory.display());
+    let flag = if detach { Some(OsStr::new("--detach")) } else { None };
+    help(flag.into_iter().chain([directory.as_os_str()]), &what, timeout)
+}
+
+fn help<'a>(arguments: impl IntoIterator<Item = &'a OsStr>, what: &str, timeout: Duration) -> anyhow::Result<()> {
+    let mut child = Command::new(std::env::current_exe()?)
+        .arg("mount-helper")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let deadline = Instant::now() + timeout;
+    while child.try_wait()?.is_none() {
+        if Instant::now() > deadline {
+            child.kill()?;
+            return Err(
+                Error::new(ErrorKind::TimedOut, format!("{what} took more than {} s", timeout.as_secs())).into()
+            );
+        }
+        std::thread::sleep(POLL);
+    }
+    let ended = child.wait_with_output()?;
+    if ended.status.success() {
+        return Ok(());
+    }
+    let kind = ended.status.code().and_then(ErrorKind::from_exit_code).unwrap_or(ErrorKind::Internal);
+    let text = String::from_utf8_lossy(&ended.stderr);
+    let text = text.trim().strip_prefix("ublkimg: ").unwrap_or(text.trim()).to_owned();
+    Err(Error::new(kind, if text.is_empty() { format!("{what} failed ({})", ended.status) } else { text }).into())
+}

@@ -1,0 +1,67 @@
+//! `ublkimg rm`: unmount, stop, delete, in that order.
+//!
+//! Mounts in the caller's mount namespace are unmounted. A mount that is in use, one in another mount namespace, or a
+//! file system stacked on top (overlayfs) refuses the removal, unless `--force` is given.
+
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+use ublkimg_driver::daemon::protocol::{DeviceStatus, Request};
+use ublkimg_driver::daemon::{Directories, client};
+use ublkimg_driver::error::{Error, ErrorKind};
+use ublkimg_driver::mounts;
+
+use super::{daemon, mount_helper, status};
+use crate::args::{Global, Rm};
+
+/// Unmounting flushes nothing on a read-only file system: more time than this means that something hangs.
+const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(10);
+
+pub(super) fn run(global: &Global, command: &Rm) -> anyhow::Result<()> {
+    let directories = super::directories(global)?;
+    start_daemon_for_records(global, &directories)?;
+    let device = status::find(&directories, &command.target)?;
+    unmount(&device, command.force)?;
+    let request = Request::Remove { name: device.name, force: command.force };
+    client::ask(&directories, &request, client::ANSWER_MARGIN)?;
+    Ok(())
+}
+
+/// Devices of a daemon that died can only be removed by one that took them back.
+fn start_daemon_for_records(global: &Global, directories: &Directories) -> anyhow::Result<()> {
+    let records = ublkimg_driver::daemon::state::Records::new(directories.devices()).read_all()?;
+    if !records.is_empty() {
+        let command = daemon::background(global, directories)?;
+        client::ask_or_start(directories, || command, &Request::Ping, client::ANSWER_MARGIN)?;
+    }
+    Ok(())
+}
+
+fn unmount(device: &DeviceStatus, force: bool) -> anyhow::Result<()> {
+    // A device whose node is gone has no mounts that could be undone.
+    let Ok(number) = mounts::device_number(&device.device) else { return Ok(()) };
+    let own: Vec<mounts::Mount> = mounts::list()?.into_iter().filter(|mount| mount.device == number).collect();
+    if !force {
+        refuse_if_mounted_elsewhere(device, number)?;
+    }
+    // Stacked mounts come off last one first.
+    for mount in own.iter().rev() {
+        mount_helper::unmount(&mount.mount_point, force, UNMOUNT_TIMEOUT)?;
+    }
+    Ok(())
+}
+
+/// Looks for mounts that unmounting here would not reach, before anything is unmounted.
+fn refuse_if_mounted_elsewhere(device: &DeviceStatus, number: mounts::DeviceNumber) -> anyhow::Result<()> {
+    let here = std::fs::metadata("/proc/self/ns/mnt")?.ino();
+    let Some(other) = mounts::holders(number)?.into_iter().find(|holder| holder.namespace != here) else {
+        return Ok(());
+    };
+    let text = format!(
+        "{} is mounted at {} in the mount namespace of process {}: unmount it there, or use --force",
+        device.name,
+        other.mount_points.first().map_or_else(String::new, |path| path.display().to_string()),
+        other.pid
+    );
+    Err(Error::new(ErrorKind::Busy, text).into())
+}

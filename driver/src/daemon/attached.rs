@@ -1,0 +1,55 @@
+//! One device that the server holds.
+
+use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use super::protocol::DeviceStatus;
+use super::state::DeviceRecord;
+use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{BLOCK_SIZE_BYTES, ServedImage};
+
+/// A device, what it serves, and what is written down of it.
+pub(super) struct Attached {
+    pub(super) record: DeviceRecord,
+    pub(super) device: Device,
+    pub(super) image: Arc<ServedImage>,
+}
+
+impl Attached {
+    /// As `ls` and `status` show it.
+    pub(super) fn status(&self) -> DeviceStatus {
+        DeviceStatus {
+            name: self.record.name.clone(),
+            reference: self.record.reference.clone(),
+            manifest: self.record.manifest.clone(),
+            device: self.device.path().to_path_buf(),
+            transport: self.record.transport,
+            mounts: self.record.mounts.clone(),
+            size_bytes: u64::from(self.image.total_blocks()) * u64::from(BLOCK_SIZE_BYTES),
+            counters: self.image.statistics(),
+            stored_bytes: self.image.stored_bytes().0,
+        }
+    }
+
+    /// Whether nobody holds the device: a mounted file system opens its device exclusively, also when its mount points
+    /// are gone and only an overlay on top of it keeps it alive.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`].
+    pub(super) fn check_unused(&self) -> Result<()> {
+        match rustix::fs::open(self.device.path(), OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC, Mode::empty()) {
+            Err(Errno::BUSY) => Err(Error::new(
+                ErrorKind::Busy,
+                format!(
+                    "{} ({}) is still in use, perhaps by an overlay on top of it: unmount that, or use --force",
+                    self.record.name,
+                    self.device.path().display()
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+}

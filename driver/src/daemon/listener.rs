@@ -1,0 +1,84 @@
+//! The server's end of the socket: takes connections, reads one bounded line each, hands it on, writes the answer.
+
+use std::future::Future;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+
+use super::protocol::{Answer, Fault, REQUEST_MAX_BYTES, Request};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Connections served at once; further ones wait in the kernel's backlog. More than the commands of a busy node's
+/// provisioning script, fewer than would hurt.
+const CONNECTIONS_MAX: usize = 64;
+
+/// A client must have sent its line by then.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Binds the socket, replacing one that a dead server left. Only the owner may connect.
+///
+/// # Errors
+/// [`ErrorKind::Io`], naming the path.
+pub(super) fn bind(path: &Path) -> Result<UnixListener> {
+    // The store's lock is held by now, so no other server of this root lives: a socket that is there is a dead one's.
+    let _ = std::fs::remove_file(path);
+    let bound = UnixListener::bind(path).and_then(|listener| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        Ok(listener)
+    });
+    bound.map_err(|error| Error::io(format!("cannot listen on {}", path.display()), error))
+}
+
+/// Serves connections for ever; the caller drops the future to stop.
+pub(super) async fn serve<H, F>(listener: UnixListener, handle: H)
+where
+    H: Fn(Request) -> F + Clone + Send + 'static,
+    F: Future<Output = Answer> + Send,
+{
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let handle = handle.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = converse(stream, handle).await {
+                        tracing::debug!("a client hung up: {error}");
+                    }
+                    drop(slot);
+                });
+            }
+            Err(error) => {
+                tracing::warn!("cannot accept a connection: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn converse<H, F>(mut stream: UnixStream, handle: H) -> std::io::Result<()>
+where
+    H: Fn(Request) -> F,
+    F: Future<Output = Answer>,
+{
+    let (reader, mut writer) = stream.split();
+    let mut line = String::new();
+    let mut reader = BufReader::new(reader.take(REQUEST_MAX_BYTES as u64));
+    tokio::time::timeout(REQUEST_TIMEOUT, reader.read_line(&mut line)).await??;
+    let answer = match serde_json::from_str(&line) {
+        Ok(request) => handle(request).await,
+        Err(error) => Answer::Failed(Fault {
+            kind: ErrorKind::Invalid,
+            message: format!("the daemon does not understand the request ({error}): is it of another version?"),
+        }),
+    };
+    let mut bytes = serde_json::to_vec(&answer)?;
+    bytes.push(b'\n');
+    writer.write_all(&bytes).await?;
+    writer.shutdown().await
+}

@@ -1,0 +1,124 @@
+//! What commands and the server say to each other: one JSON line each way over a Unix socket, then the connection closes.
+//!
+//! Both ends are the same binary, so the lines carry no version; a field that one side does not know is refused.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::counters::ImageStatistics;
+use crate::device::Transport;
+use crate::error::ErrorKind;
+
+/// A request line may have this many bytes: a few paths of at most 4 KiB each and the names around them.
+pub const REQUEST_MAX_BYTES: usize = 64 << 10;
+
+/// An answer line may have this many bytes: `ls` of the kernel's largest number of devices, a few KiB each.
+pub const ANSWER_MAX_BYTES: usize = 16 << 20;
+
+/// What a command asks of the server.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Is anybody there?
+    Ping,
+    /// Attach an image.
+    Add(AddRequest),
+    /// A mount of the device was made by `add --mount`.
+    Mounted {
+        /// The device's name.
+        name: String,
+        /// The mount point, absolute.
+        directory: PathBuf,
+    },
+    /// Stop and delete the device; the caller has unmounted it.
+    Remove {
+        /// The device's name.
+        name: String,
+        /// Also if somebody still holds it: they get errors.
+        force: bool,
+    },
+    /// All devices.
+    List,
+    /// End the server. Refused while it has devices, unless they are to be left for the next server.
+    Stop {
+        /// Leave the devices in the kernel: readers wait until a server takes them back.
+        keep_devices: bool,
+    },
+}
+
+/// What `add` asks for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddRequest {
+    /// The reference as the user gave it, layout directories made absolute.
+    pub reference: String,
+    /// The device's name; default: made of the reference.
+    pub name: Option<String>,
+    /// How to serve it.
+    pub transport: Transport,
+    /// Plain HTTP also for registries that are not on this machine.
+    pub plain_http: bool,
+    /// A credentials file to use instead of the usual ones.
+    pub auth_file: Option<PathBuf>,
+    /// How long attaching may take.
+    pub attach_timeout_ms: u64,
+    /// How long a read may wait for the registry before it fails with EIO.
+    pub read_timeout_ms: u64,
+}
+
+/// What the server answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// To [`Request::Ping`].
+    Pong {
+        /// The server's process id.
+        pid: u32,
+    },
+    /// To [`Request::Add`].
+    Added {
+        /// The device.
+        device: DeviceStatus,
+        /// Whether this request made it; otherwise it was there.
+        created: bool,
+    },
+    /// To [`Request::List`].
+    Devices(Vec<DeviceStatus>),
+    /// To requests that return nothing.
+    Done,
+    /// To any request that failed.
+    Failed(Fault),
+}
+
+/// A failure that crosses the socket.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fault {
+    /// What the operator does next; becomes the exit code.
+    pub kind: ErrorKind,
+    /// One line that names the thing.
+    pub message: String,
+}
+
+/// One device as `ls` and `status` show it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// Its name.
+    pub name: String,
+    /// The reference given to `add`.
+    pub reference: String,
+    /// Digest of the image manifest.
+    pub manifest: String,
+    /// `/dev/ublkb0`, or `/dev/loop0` with the FUSE transport.
+    pub device: PathBuf,
+    /// `ublk` or `fuse`.
+    pub transport: Transport,
+    /// Mount points made by `add --mount`.
+    pub mounts: Vec<PathBuf>,
+    /// Size of the device.
+    pub size_bytes: u64,
+    /// What it has done since the server started.
+    pub counters: ImageStatistics,
+    /// Bytes of its layers that are in the store.
+    pub stored_bytes: u64,
+}

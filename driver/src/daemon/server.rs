@@ -1,0 +1,272 @@
+//! The server: devices by name, and what commands ask of them.
+//!
+//! Control only. Reads never come through here: they go from a device's queue to the store, and to the engine when they
+//! miss. Work on one name is done one request at a time; work on different names side by side.
+//!
+//! Invariants: a device is in `attached` exactly while it is in the kernel; its record is on disk from before it starts
+//! until after it is gone.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use ublkimg_registry::{ClientOptions, Location};
+
+use super::attached::Attached;
+use super::locks::NameLocks;
+use super::protocol::{AddRequest, Answer, Fault, Request};
+use super::state::{DeviceRecord, Records, boot_id};
+use super::{Directories, listener, names, recovery};
+use crate::attach::{AttachOptions, attach};
+use crate::device::Prepared;
+use crate::engine::{Engine, IMAGES_MAX};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::ServedImage;
+use crate::store::Store;
+use crate::{kernel, namespace};
+
+/// A killed server may take this long to let go of the store.
+const STORE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What a server is started with.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// Where it keeps its things.
+    pub directories: Directories,
+}
+
+/// Runs a server until it is asked to stop. Must be called while the process has one thread.
+///
+/// # Errors
+/// What kept it from starting: no rights, another server on the same root, no socket.
+pub fn run_server(options: ServerOptions) -> Result<()> {
+    let directories = options.directories;
+    directories.create().map_err(|(path, error)| Error::io(format!("cannot create {}", path.display()), error))?;
+    // Before any thread starts, and before recovery: see namespace.
+    let detached = namespace::enter_private(&[&directories.root, &directories.run])?;
+    tracing::info!(detached = detached.len(), "in a mount namespace of its own");
+    let store = open_store(&directories)?;
+    let engine = Engine::start()?;
+    let runtime = engine.runtime().clone();
+    let server = Arc::new(Server {
+        records: Records::new(directories.devices()),
+        store,
+        engine,
+        boot_id: boot_id()?,
+        attached: Mutex::new(BTreeMap::new()),
+        locks: NameLocks::default(),
+        stop: Notify::new(),
+        directories,
+    });
+    runtime.block_on(server.run())
+}
+
+/// Opens the store, waiting for a server that was killed to let go of it.
+fn open_store(directories: &Directories) -> Result<Arc<Store>> {
+    let deadline = Instant::now() + STORE_TIMEOUT;
+    loop {
+        match Store::open(&directories.root) {
+            Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            other => return other.map(Arc::new),
+        }
+    }
+}
+
+pub(super) struct Server {
+    pub(super) directories: Directories,
+    pub(super) records: Records,
+    pub(super) store: Arc<Store>,
+    pub(super) engine: Engine,
+    pub(super) boot_id: String,
+    pub(super) attached: Mutex<BTreeMap<String, Attached>>,
+    locks: NameLocks,
+    stop: Notify,
+}
+
+impl Server {
+    async fn run(self: Arc<Self>) -> Result<()> {
+        recovery::recover(&self).await?;
+        let listener = listener::bind(&self.directories.socket())?;
+        let handler = Arc::clone(&self);
+        let stopped = self.stop.notified();
+        tokio::pin!(stopped);
+        let terminated = terminated()?;
+        tracing::info!(socket = %self.directories.socket().display(), "serving");
+        tokio::select! {
+            () = listener::serve(listener, move |request| Arc::clone(&handler).handle(request)) => {}
+            () = &mut stopped => {}
+            () = terminated => {}
+        }
+        let _ = std::fs::remove_file(self.directories.socket());
+        for (name, attached) in std::mem::take(&mut *self.attached.lock()) {
+            tracing::warn!(device = name, "left to the next server");
+            attached.device.abandon();
+        }
+        self.store.sync()
+    }
+
+    async fn handle(self: Arc<Self>, request: Request) -> Answer {
+        let result = match request {
+            Request::Ping => Ok(Answer::Pong { pid: std::process::id() }),
+            // In a task of its own: it must go on to its end when the client hangs up.
+            Request::Add(request) => flatten(tokio::spawn(async move { self.add(request).await }).await),
+            Request::Mounted { name, directory } => self.mounted(&name, directory).map(|()| Answer::Done),
+            Request::Remove { name, force } => {
+                flatten(tokio::spawn(async move { self.remove(&name, force).await }).await).map(|()| Answer::Done)
+            }
+            Request::List => Ok(Answer::Devices(self.attached.lock().values().map(Attached::status).collect())),
+            Request::Stop { keep_devices } => self.stop(keep_devices).map(|()| Answer::Done),
+        };
+        result.unwrap_or_else(|error| {
+            tracing::warn!("request failed: {}", error.chain());
+            Answer::Failed(Fault { kind: error.kind(), message: error.chain() })
+        })
+    }
+
+    async fn add(self: Arc<Self>, request: AddRequest) -> Result<Answer> {
+        let name = request.name.clone().unwrap_or_else(|| names::from_reference(&request.reference));
+        names::check(&name)?;
+        let _name_lock = self.locks.lock(&name).await;
+        if let Some(attached) = self.attached.lock().get(&name) {
+            if attached.record.reference == request.reference {
+                return Ok(Answer::Added { device: attached.status(), created: false });
+            }
+            let text = format!("{name} serves {} already: give another --name", attached.record.reference);
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        let transport = blocking(move || kernel::choose(request.transport)).await?;
+        if self.attached.lock().len() >= IMAGES_MAX {
+            let text = format!("{IMAGES_MAX} images are attached, which is the most there can be: remove one first");
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        let location: Location = parse_location(&request.reference)?;
+        let mut options = options(request.plain_http, request.auth_file.clone(), request.read_timeout_ms);
+        options.attach_deadline = Duration::from_millis(request.attach_timeout_ms);
+        let loaded = attach(&self.store, &self.engine, &location, &options).await?;
+        let record = DeviceRecord {
+            name,
+            reference: request.reference,
+            manifest: loaded.manifest_digest.to_string(),
+            transport,
+            ublk_id: None,
+            plain_http: request.plain_http,
+            auth_file: request.auth_file,
+            read_timeout_ms: request.read_timeout_ms,
+            mounts: Vec::new(),
+            boot_id: self.boot_id.clone(),
+        };
+        let server = Arc::clone(&self);
+        let attached = blocking(move || server.start(loaded.image, record)).await?;
+        let device = attached.status();
+        self.attached.lock().insert(device.name.clone(), attached);
+        Ok(Answer::Added { device, created: true })
+    }
+
+    /// Makes the device: record first, so that a server that dies here is succeeded by one that knows of it.
+    fn start(&self, image: Arc<ServedImage>, mut record: DeviceRecord) -> Result<Attached> {
+        let fuse_directory = self.directories.fuse().join(&record.name);
+        let prepared = Prepared::new(record.transport, Arc::clone(&image), &fuse_directory)?;
+        record.ublk_id = prepared.ublk_id();
+        self.records.write(&record)?;
+        match prepared.start() {
+            Ok(device) => Ok(Attached { record, device, image }),
+            Err(error) => {
+                self.records.remove(&record.name)?;
+                Err(error)
+            }
+        }
+    }
+
+    fn mounted(&self, name: &str, directory: PathBuf) -> Result<()> {
+        let mut attached = self.attached.lock();
+        let device = attached.get_mut(name).ok_or_else(|| no_device(name))?;
+        if !device.record.mounts.contains(&directory) {
+            device.record.mounts.push(directory);
+            self.records.write(&device.record)?;
+        }
+        Ok(())
+    }
+
+    async fn remove(self: Arc<Self>, name: &str, force: bool) -> Result<()> {
+        let _name_lock = self.locks.lock(name).await;
+        {
+            let attached = self.attached.lock();
+            let device = attached.get(name).ok_or_else(|| no_device(name))?;
+            if !force {
+                device.check_unused()?;
+            }
+        }
+        let Some(attached) = self.attached.lock().remove(name) else { return Err(no_device(name)) };
+        let server = Arc::clone(&self);
+        blocking(move || server.stop_device(attached, force)).await
+    }
+
+    fn stop_device(&self, attached: Attached, force: bool) -> Result<()> {
+        let Attached { record, device, image } = attached;
+        let stopped = device.stop();
+        drop(image);
+        self.records.remove(&record.name)?;
+        match stopped {
+            Err(error) if force && error.kind() == ErrorKind::Busy => {
+                tracing::warn!(device = record.name, "removed while in use: {error}");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn stop(&self, keep_devices: bool) -> Result<()> {
+        let attached = self.attached.lock();
+        if let (false, Some(name)) = (keep_devices, attached.keys().next()) {
+            let text = format!("{} devices are served, {name} among them: `ublkimg rm` them first", attached.len());
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        self.stop.notify_one();
+        Ok(())
+    }
+}
+
+/// The location that a request or a record names.
+pub(super) fn parse_location(text: &str) -> Result<Location> {
+    text.parse().map_err(|error| Error::caused(ErrorKind::Invalid, format!("{text:?} is no reference"), error))
+}
+
+/// How the registry of a device is spoken to.
+pub(super) fn options(plain_http: bool, auth_file: Option<PathBuf>, read_timeout_ms: u64) -> AttachOptions {
+    AttachOptions {
+        client: ClientOptions { plain_http, auth_file, ..ClientOptions::default() },
+        read_deadline: Duration::from_millis(read_timeout_ms),
+        ..AttachOptions::default()
+    }
+}
+
+/// Runs something that may block in the kernel beside the runtime.
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    flatten(tokio::task::spawn_blocking(work).await)
+}
+
+fn flatten<T>(joined: std::result::Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
+    joined.unwrap_or_else(|error| Err(Error::caused(ErrorKind::Internal, "a task of the daemon died", error)))
+}
+
+fn no_device(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("no device {name}"))
+}
+
+/// Resolves when the process is asked to end.
+fn terminated() -> Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let on = |kind| signal(kind).map_err(|error| Error::io("cannot handle signals", error));
+    let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
