@@ -175,3 +175,6 @@ fn layout(content: &Content, first_blocks: &[u32]) -> FileLayout {
     }
     FileLayout::Chunked { chunk_blocks_log2: CHUNK_BLOCKS_LOG2, blocks }
 }
+
+#[cfg(test)]
+mod tests;

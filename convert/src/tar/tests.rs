@@ -243,3 +243,70 @@ fn sparse_maps_that_lie_are_refused() {
     fails(tar().pax(&[("GNU.sparse.map", b"0,9"), ("GNU.sparse.size", b"5")]).file("s", SPARSE_DATA));
     fails(tar().pax(&[("GNU.sparse.major", b"2"), ("GNU.sparse.minor", b"0")]).file("s", SPARSE_DATA));
 }
+
+proptest::proptest! {
+    /// Whatever the bytes, reading ends with entries or an error.
+    #[test]
+    fn damage_never_panics(changes in proptest::collection::vec((0_usize..6000, proptest::num::u8::ANY), 1..8), cut in 0_usize..8000) {
+        let mut bytes = sample();
+        for (position, byte) in changes {
+            let position = position % bytes.len();
+            bytes[position] = byte;
+            repair_checksum(&mut bytes, position / 512);
+        }
+        bytes.truncate(cut);
+        let _ = count(&bytes);
+    }
+
+    #[test]
+    fn records_never_panic(data in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+        let _ = super::pax::read(&data, &mut super::pax::Records::new());
+        let _ = super::pax::time(&data);
+        let _ = super::number::number(&data);
+    }
+}
+
+/// One of each extension.
+fn sample() -> Vec<u8> {
+    let records: [(&str, &[u8]); 4] = [
+        ("GNU.sparse.major", b"1"),
+        ("GNU.sparse.minor", b"0"),
+        ("GNU.sparse.name", b"s"),
+        ("GNU.sparse.realsize", b"2000"),
+    ];
+    let mut data = b"2\n0\n4\n1000\n5\n".to_vec();
+    data.resize(512, 0);
+    data.extend_from_slice(SPARSE_DATA);
+    let mut gnu = HeaderBuilder::new(b'S', "s").gnu().size(9);
+    gnu.set(386, b"00000000000\x0000000000011\0");
+    gnu.set(483, b"00000000011\0");
+    tar()
+        .pax_of_kind(b'g', &[("mtime", b"7")])
+        .pax(&records)
+        .entry(HeaderBuilder::new(b'0', "x").size(521), &data)
+        .entry(gnu, SPARSE_DATA)
+        .entry(HeaderBuilder::new(b'L', "l").gnu().size(5), b"long\0")
+        .hard_link("a", "b")
+        .pax(&[("SCHILY.xattr.user.x", b"1")])
+        .dir("d", 0o755)
+        .finish()
+}
+
+/// Makes the header in that block valid again, so that damage gets past the checksum.
+fn repair_checksum(bytes: &mut [u8], block: usize) {
+    let header = &mut bytes[block * 512..(block + 1) * 512];
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+}
+
+/// Reads to the end without keeping the content: its claimed size may be anything.
+fn count(bytes: &[u8]) -> Result<usize> {
+    let mut reader = TarReader::new(bytes);
+    let mut entries = 0;
+    while reader.next_entry()?.is_some() {
+        reader.read_content(|_| Ok(()))?;
+        entries += 1;
+    }
+    Ok(entries)
+}

@@ -1,0 +1,102 @@
+//! Cuts follow files.
+
+use std::collections::HashSet;
+
+use ublkimg_image::{BLOCK_SIZE, CHUNK_BLOCKS, DataBlock, FileData, FileLayout, Kind, Sha256, Space};
+
+use super::{Plan, place};
+use crate::layer::{Layer, read_tar};
+use crate::spool::Spool;
+use crate::tar::builder::TarBuilder;
+
+fn lay_out(tar: TarBuilder) -> (Layer, Spool, Plan) {
+    let mut spool = Spool::new(&std::env::temp_dir()).unwrap();
+    let mut layer = read_tar(tar.finish().as_slice(), &mut spool).unwrap();
+    let plan = place(&mut layer, &spool).unwrap();
+    (layer, spool, plan)
+}
+
+fn file(layer: &Layer, path: &str) -> FileData {
+    match &layer.tree.node(layer.tree.lookup(path.as_bytes()).unwrap()).kind {
+        Kind::File(data) => data.clone(),
+        other => panic!("{path} is {other:?}"),
+    }
+}
+
+fn chunks(spool: &Spool, plan: &Plan) -> Vec<Vec<u8>> {
+    (0..plan.chunks()).map(|number| plan.read_chunk(number, spool).unwrap()).collect()
+}
+
+fn bytes(seed: usize, len: usize) -> Vec<u8> {
+    (0..len).map(|at| u8::try_from((at * 31 + seed * 17 + at / 251) % 255).unwrap() + 1).collect()
+}
+
+#[test]
+fn every_file_is_where_its_layout_says() {
+    let sizes = [1, 4095, 4096, 4097, 100_000, 262_143, 262_144, 262_145, 600_000];
+    let mut tar = TarBuilder::default();
+    for (number, size) in sizes.iter().enumerate() {
+        tar = tar.file(&format!("f{number}"), &bytes(number, *size));
+    }
+    let (layer, spool, plan) = lay_out(tar);
+    let raw = chunks(&spool, &plan).concat();
+    assert_eq!(raw.len(), plan.blocks as usize * BLOCK_SIZE);
+    for (number, size) in sizes.iter().enumerate() {
+        let data = file(&layer, &format!("f{number}"));
+        let FileLayout::Contiguous(DataBlock { space: Space::Own, block }) = data.layout else { panic!("{data:?}") };
+        let start = block as usize * BLOCK_SIZE;
+        assert_eq!(raw[start..start + size], bytes(number, *size));
+        let end = (start + size).next_multiple_of(BLOCK_SIZE);
+        assert!(raw[start + size..end].iter().all(|byte| *byte == 0), "the tail of the last block is zero");
+    }
+}
+
+#[test]
+fn holes_take_no_room() {
+    let mut holed = vec![0; 600_000];
+    holed[300_000] = 1;
+    let (layer, _, plan) =
+        lay_out(TarBuilder::default().file("zeros", &[0; 600_000]).file("holed", &holed).file("small", &[0; 9]));
+    let blocks = |path| match file(&layer, path).layout {
+        FileLayout::Chunked { chunk_blocks_log2: 6, blocks } => blocks,
+        other => panic!("{other:?}"),
+    };
+    let own = Some(DataBlock { space: Space::Own, block: 0 });
+    assert_eq!((blocks("zeros"), blocks("holed"), blocks("small")), (vec![None; 3], vec![None, own, None], vec![None]));
+    assert_eq!((plan.chunks(), plan.blocks), (1, CHUNK_BLOCKS));
+}
+
+#[test]
+fn equal_files_share_their_blocks() {
+    let tar = TarBuilder::default().file("a", &bytes(1, 5000)).file("b", &bytes(1, 5000)).file("c", &bytes(2, 9));
+    let (layer, _, plan) = lay_out(tar);
+    assert_eq!(file(&layer, "a"), file(&layer, "b"));
+    assert_eq!(plan.blocks, 3);
+}
+
+#[test]
+fn a_replaced_file_is_not_stored() {
+    let (_, _, plan) = lay_out(TarBuilder::default().file("a", &bytes(1, 5000)).file("a", b"x"));
+    assert_eq!(plan.blocks, 1);
+}
+
+#[test]
+fn one_changed_file_changes_one_pack() {
+    let archive = |changed: Option<usize>| {
+        let mut tar = TarBuilder::default();
+        for number in 0..600 {
+            let seed = if changed == Some(number) { 9999 } else { number };
+            tar = tar.file(&format!("{number:04}"), &bytes(seed, 3000 + number * 7 % 9000));
+        }
+        let (_, spool, plan) = lay_out(tar.file("large", &bytes(5, 1_000_000)));
+        chunks(&spool, &plan)
+    };
+    let before = archive(None);
+    assert!(before.len() > 20, "{} chunks", before.len());
+    assert!(before.iter().all(|chunk| chunk.len() <= CHUNK_BLOCKS as usize * BLOCK_SIZE));
+    let known: HashSet<Sha256> = before.iter().map(|chunk| Sha256::of(chunk)).collect();
+    for changed in [0, 100, 333, 599] {
+        let new = archive(Some(changed)).iter().filter(|chunk| !known.contains(&Sha256::of(chunk))).count();
+        assert!(new <= 2, "file {changed} changes {new} packs");
+    }
+}
