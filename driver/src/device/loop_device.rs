@@ -26,6 +26,10 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 const LOOP_CTL_GET_FREE: c_ulong = 0x4c82;
 const LOOP_CONFIGURE: c_ulong = 0x4c0a;
 const LOOP_CLR_FD: c_ulong = 0x4c01;
+/// `BLKRASET`: the read-ahead window, in sectors of 512 bytes.
+const BLKRASET: c_ulong = 0x1262;
+/// 128 KiB. What the kernel chooses depends on its version and on who used the loop device before.
+const READ_AHEAD_SECTORS: c_ulong = 256;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
@@ -108,6 +112,7 @@ impl LoopDevice {
                 match configure(&file, backing, block_size, flags) {
                     Ok(()) => {
                         let device = Self { file, path };
+                        device.set_read_ahead();
                         device.warn_without_direct_io();
                         return Ok(device);
                     }
@@ -146,6 +151,14 @@ impl LoopDevice {
     fn attribute(&self, name: &str) -> PathBuf {
         let device = self.path.file_name().unwrap_or_default();
         Path::new("/sys/block").join(device).join("loop").join(name)
+    }
+
+    fn set_read_ahead(&self) {
+        // SAFETY: the command takes a number, not a pointer.
+        if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKRASET, READ_AHEAD_SECTORS) } < 0 {
+            let error = io::Error::last_os_error();
+            tracing::warn!(device = %self.path.display(), %error, "the read-ahead window stays as it is");
+        }
     }
 
     fn warn_without_direct_io(&self) {

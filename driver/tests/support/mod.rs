@@ -1,35 +1,14 @@
 //! What the device tests share: images with known content, and where tests can run.
 
 #![allow(dead_code, reason = "each test uses its part")]
+pub(crate) mod image;
+pub(crate) mod scenarios;
 
-use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub(crate) const BLOCK_LEN: usize = 4096;
-
-/// The content of the test image: every block differs, and nothing is zero.
-pub(crate) fn block_content(block: u32) -> Vec<u8> {
-    let mut state = u64::from(block).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(BLOCK_LEN);
-    while bytes.len() < BLOCK_LEN {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&(state | 0x0101_0101_0101_0101).to_le_bytes());
-    }
-    bytes
-}
-
-/// Writes the content of `blocks` blocks.
-pub(crate) fn write_content(path: &Path, blocks: u32) {
-    let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
-    for block in 0..blocks {
-        file.write_all(&block_content(block)).unwrap();
-    }
-    file.flush().unwrap();
-}
 
 /// Opens a device so that every read reaches it.
 pub(crate) fn open_direct(path: &Path) -> std::fs::File {

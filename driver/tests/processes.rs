@@ -1,0 +1,286 @@
+//! What happens to devices when processes end: each server here is a process of its own, this very program.
+//!
+//! Run by `cargo test`; takes a part of a test's name as a filter.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(dead_code, unused_imports, reason = "each test uses its part of what they share")]
+
+#[path = "../src/fixture.rs"]
+mod fixture;
+mod support;
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use support::image::{Driver, Origin};
+use support::scenarios::compare_device;
+use support::{open_direct, read_blocks, wait_until};
+// The fixture's `crate::image`.
+use ublkimg_driver::device::{Prepared, Transport, ublk};
+use ublkimg_driver::image;
+use ublkimg_driver::{ErrorKind, mounts, namespace};
+
+/// How long a chunk takes: a reader of the whole device is not done when its server is killed.
+const CHUNK_DELAY_MS: u64 = 20;
+
+fn main() {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == "server") {
+        return server(&arguments[1..]);
+    }
+    let filter = arguments.iter().find(|argument| !argument.starts_with('-'));
+    let tests: [(&str, fn()); 6] = [
+        ("a_reader_does_not_notice_that_its_server_was_killed", a_reader_does_not_notice_that_its_server_was_killed),
+        ("a_device_without_a_server_can_be_deleted", a_device_without_a_server_can_be_deleted),
+        ("a_server_ends_although_its_device_is_mounted", a_server_ends_although_its_device_is_mounted),
+        ("a_device_that_was_not_started_is_taken_back", a_device_that_was_not_started_is_taken_back),
+        ("a_mounted_device_goes_when_it_is_unmounted", a_mounted_device_goes_when_it_is_unmounted),
+        ("a_killed_fuse_server_leaves_nothing", a_killed_fuse_server_leaves_nothing),
+    ];
+    for (name, test) in tests.into_iter().filter(|(name, _)| filter.is_none_or(|filter| name.contains(filter))) {
+        println!("test {name} ...");
+        let start = Instant::now();
+        test();
+        println!("test {name} ok, {:.1} s", start.elapsed().as_secs_f32());
+    }
+}
+
+/// `server TRANSPORT REFERENCE DIRECTORY [ID]`: serves the image, as a new device or the one that it recovers. Says on
+/// stdout what was detached from its namespace and where the device is. Ends when its stdin says so.
+fn server(arguments: &[String]) {
+    let [transport, reference, directory, rest @ ..] = arguments else { panic!("server: {arguments:?}") };
+    let directory = Path::new(directory);
+    let detached = namespace::enter_private(&[directory]).unwrap();
+    let driver = Driver::attach(reference, &directory.join("store"));
+    let prepared = match rest.first() {
+        Some(id) => Prepared::recover(driver.image.clone(), id.parse().unwrap()),
+        None => Prepared::new(Transport::from_str(transport).unwrap(), driver.image.clone(), &directory.join("run")),
+    };
+    let device = prepared.unwrap().start().unwrap();
+    println!("{}", detached.iter().map(|path| path.to_str().unwrap()).collect::<Vec<_>>().join(" "));
+    println!("{}", device.path().display());
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+    match line.trim() {
+        "stop" => println!("{:?}", device.stop().map_err(|error| error.kind())),
+        _ => device.abandon(),
+    }
+}
+
+struct Server {
+    process: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+    detached: String,
+    path: PathBuf,
+}
+
+impl Server {
+    fn start(transport: Transport, origin: &Origin, directory: &Path, recover: Option<u32>) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["server", &transport.to_string(), &origin.reference()]).arg(directory);
+        command.args(recover.map(|id| id.to_string()));
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let stdin = process.stdin.take().unwrap();
+        let stdout = BufReader::new(process.stdout.take().unwrap());
+        let mut server = Self { process, stdin, stdout, detached: String::new(), path: PathBuf::new() };
+        server.detached = server.line();
+        server.path = PathBuf::from(server.line());
+        assert!(server.path.starts_with("/dev"), "the server did not start");
+        server
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
+    fn id(&self) -> u32 {
+        self.path.to_str().unwrap().trim_start_matches("/dev/ublkb").parse().unwrap()
+    }
+
+    /// kill -9.
+    fn kill(mut self) {
+        self.process.kill().unwrap();
+        self.ended("a killed server");
+    }
+
+    fn stop(mut self) -> String {
+        writeln!(self.stdin, "stop").unwrap();
+        let outcome = self.line();
+        self.ended("a server that stopped its device");
+        outcome
+    }
+
+    /// Ends like a server that is replaced: the device stays.
+    fn abandon(mut self) {
+        writeln!(self.stdin, "abandon").unwrap();
+        self.ended("a server that abandoned its device");
+    }
+
+    fn ended(&mut self, what: &str) {
+        wait_until(what, Duration::from_secs(10), || self.process.try_wait().unwrap().is_some());
+    }
+}
+
+fn have_ublk() -> bool {
+    let have = Path::new("/dev/ublk-control").exists();
+    if !have {
+        println!("SKIP: no /dev/ublk-control here; driver/tests/in-guest.sh runs this test in a guest");
+    }
+    have
+}
+
+fn state(id: u32) -> Option<ublk::DeviceState> {
+    ublk::devices().unwrap().into_iter().find(|device| device.id == id).map(|device| device.state)
+}
+
+fn wait_for_quiesced(id: u32) {
+    let quiesced = || state(id) == Some(ublk::DeviceState::Quiesced);
+    wait_until("a device without its server", Duration::from_secs(10), quiesced);
+}
+
+fn a_reader_does_not_notice_that_its_server_was_killed() {
+    if !have_ublk() {
+        return;
+    }
+    let (origin, directory) = (Origin::start(), tempfile::tempdir().unwrap());
+    origin.delay(CHUNK_DELAY_MS);
+    let first = Server::start(Transport::Ublk, &origin, directory.path(), None);
+    let (id, path) = (first.id(), first.path.clone());
+    let reader = {
+        let (path, content) = (path.clone(), origin.content());
+        std::thread::spawn(move || compare_device(&path, &content))
+    };
+    std::thread::sleep(Duration::from_millis(5 * CHUNK_DELAY_MS));
+    assert!(!reader.is_finished(), "the reader is too quick for this test");
+    first.kill();
+    wait_for_quiesced(id);
+    let second = Server::start(Transport::Ublk, &origin, directory.path(), Some(id));
+    assert_eq!(second.path, path);
+    std::thread::sleep(Duration::from_millis(5 * CHUNK_DELAY_MS));
+    second.kill();
+    // At once: the kernel may still be busy with the dead server.
+    let third = Server::start(Transport::Ublk, &origin, directory.path(), Some(id));
+    reader.join().unwrap();
+    assert_eq!(third.stop(), "Ok(())");
+    assert_eq!(state(id), None);
+    assert!(!path.exists());
+}
+
+fn a_device_without_a_server_can_be_deleted() {
+    if !have_ublk() {
+        return;
+    }
+    let (origin, directory) = (Origin::start(), tempfile::tempdir().unwrap());
+    let server = Server::start(Transport::Ublk, &origin, directory.path(), None);
+    let (id, path) = (server.id(), server.path.clone());
+    origin.hold();
+    let block = origin.chunk_block(20);
+    let reader = std::thread::spawn(move || read_blocks(&open_direct(&path), block, 1));
+    std::thread::sleep(Duration::from_millis(100));
+    server.kill();
+    wait_for_quiesced(id);
+    let start = Instant::now();
+    ublk::delete(id).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(5), "deleting took {:?}", start.elapsed());
+    assert!(reader.join().unwrap().is_err());
+    assert_eq!(state(id), None);
+    assert_eq!(ublk::delete(id).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+fn a_device_that_was_not_started_is_taken_back() {
+    if !have_ublk() {
+        return;
+    }
+    let (origin, directory) = (Origin::start(), tempfile::tempdir().unwrap());
+    let driver = Driver::attach(&origin.reference(), &directory.path().join("store"));
+    let prepared = Prepared::new(Transport::Ublk, driver.image.clone(), directory.path()).unwrap();
+    let id = prepared.ublk_id().unwrap();
+    assert_eq!(state(id), Some(ublk::DeviceState::Dead));
+    drop(prepared);
+    assert_eq!(state(id), None);
+    assert_eq!(Prepared::recover(driver.image.clone(), id).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+fn a_server_ends_although_its_device_is_mounted() {
+    if !have_ublk() {
+        return;
+    }
+    let (origin, directory) = (Origin::start(), tempfile::tempdir().unwrap());
+    let mount_point = directory.path().join("mount");
+    std::fs::create_dir(&mount_point).unwrap();
+    let first = Server::start(Transport::Ublk, &origin, directory.path(), None);
+    let id = first.id();
+    mounts::mount_erofs(&first.path, &mount_point).unwrap();
+    // Something on top, at the same place.
+    rustix::mount::mount("tmpfs", &mount_point, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+    let number = mounts::device_number(&first.path).unwrap();
+    let holders = mounts::holders(number).unwrap();
+    assert!(holders.iter().any(|holder| holder.mount_points.contains(&mount_point)), "{holders:?}");
+    first.kill();
+    let second = Server::start(Transport::Ublk, &origin, directory.path(), Some(id));
+    let place = mount_point.to_str().unwrap();
+    assert_eq!(second.detached.matches(place).count(), 2, "detached: {}", second.detached);
+    second.abandon();
+    wait_for_quiesced(id);
+    let third = Server::start(Transport::Ublk, &origin, directory.path(), Some(id));
+    mounts::unmount(&mount_point).unwrap();
+    assert_eq!(mounts::at(&mount_point).unwrap().unwrap().fs_type, "erofs");
+    assert_eq!(std::fs::read_dir(&mount_point).unwrap().count(), 0);
+    mounts::unmount(&mount_point).unwrap();
+    assert_eq!(mounts::holders(number).unwrap(), []);
+    assert_eq!(mounts::unmount(&mount_point).unwrap_err().kind(), ErrorKind::Invalid);
+    assert_eq!(third.stop(), "Ok(())");
+}
+
+fn a_mounted_device_goes_when_it_is_unmounted() {
+    if !have_ublk() {
+        return;
+    }
+    let (origin, directory) = (Origin::start(), tempfile::tempdir().unwrap());
+    let mount_point = directory.path().join("mount");
+    std::fs::create_dir(&mount_point).unwrap();
+    let server = Server::start(Transport::Ublk, &origin, directory.path(), None);
+    let id = server.id();
+    mounts::mount_erofs(&server.path, &mount_point).unwrap();
+    assert_eq!(server.stop(), "Err(Busy)");
+    mounts::unmount(&mount_point).unwrap();
+    wait_until("a deleted device", Duration::from_secs(5), || state(id).is_none());
+}
+
+fn a_killed_fuse_server_leaves_nothing() {
+    for path in ["/dev/fuse", "/dev/loop-control"] {
+        if !Path::new(path).exists() || !rustix::process::geteuid().is_root() {
+            return println!("SKIP: no {path} here, or not root");
+        }
+    }
+    // Who has the device open when the server is killed: a reader that waits, or nobody but the server itself, while the
+    // read of one that was killed is still under way.
+    for kill_the_reader in [false, true] {
+        let (origin, directory) = (Origin::start(), tempfile::tempdir().unwrap());
+        let server = Server::start(Transport::Fuse, &origin, directory.path(), None);
+        origin.hold();
+        let backing = Path::new("/sys/class/block").join(server.path.file_name().unwrap()).join("loop/backing_file");
+        let ours = std::fs::read_to_string(&backing).unwrap();
+        assert!(ours.contains(directory.path().to_str().unwrap()));
+        let mut command = Command::new("dd");
+        command.arg(format!("if={}", server.path.display())).args(["of=/dev/null", "bs=4k", "skip=500", "count=1"]);
+        let mut reader = command.stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(reader.try_wait().unwrap().is_none(), "the reader does not wait");
+        if kill_the_reader {
+            reader.kill().unwrap();
+            assert!(!reader.wait().unwrap().success());
+        }
+        server.kill();
+        assert!(!reader.wait().unwrap().success());
+        wait_until("a free loop device", Duration::from_secs(5), || {
+            std::fs::read_to_string(&backing).ok() != Some(ours.clone())
+        });
+    }
+}
