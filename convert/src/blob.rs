@@ -58,7 +58,8 @@ pub(crate) struct LayerBlob {
     pub(crate) record: MergeRecord,
 }
 
-/// Writes the blob of a layer into a file without a name in `dir`. `advance` hears of the raw bytes.
+/// Writes the blob of a layer into a file without a name in `dir`. `advance` hears of the raw bytes and can
+/// stop it.
 ///
 /// # Errors
 /// `BadSource` or `Unsupported` for what EROFS cannot hold, `DiskFull` or `Io` naming `dir`.
@@ -67,7 +68,7 @@ pub(crate) fn write_layer_blob(
     spool: &Spool,
     dir: &Path,
     how: Compress,
-    advance: &dyn Fn(u64),
+    advance: &dyn Fn(u64) -> Result<()>,
 ) -> Result<LayerBlob> {
     let plan = place(&mut layer, spool)?;
     let metadata = write_layer(&layer.tree, plan.blocks).map_err(from_image)?;
@@ -86,7 +87,7 @@ pub(crate) fn write_layer_blob(
     };
     let uncompressed_digest = compress(how, metadata_chunks + plan.chunks(), read, |frame| {
         index.push(frame.stored.len() as u64, frame.raw_len_bytes, frame.id).map_err(from_image)?;
-        advance(frame.raw_len_bytes);
+        advance(frame.raw_len_bytes)?;
         writer.write(&frame.stored)
     })?;
     let index = index.finish();

@@ -39,6 +39,7 @@ pub struct Options {
     /// Which image of a multi-platform source; the host's by default.
     pub platform: Platform,
     /// Directory for temporary files without names; needs room for the largest two layers, unpacked and converted.
+    /// `$TMPDIR` or `/var/tmp` by default, as `/tmp` is often memory.
     pub tmpdir: PathBuf,
     /// zstd level, 1 to 22. Part of the settings that decide the output.
     pub level: i32,
@@ -51,7 +52,7 @@ impl Default for Options {
         Self {
             client: ClientOptions::default(),
             platform: Platform::host(),
-            tmpdir: std::env::temp_dir(),
+            tmpdir: std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from),
             level: 3,
             threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
         }
@@ -220,7 +221,7 @@ fn read_and_write(
             let read = std::cell::Cell::new(0);
             let advance = |bytes| {
                 read.set(read.get() + bytes);
-                context.progress.advance(&task, bytes);
+                context.advance(&task, bytes)
             };
             let tree = read_directory(&path, &mut spool, &advance)?;
             (None, read.get(), tree)
@@ -232,7 +233,7 @@ fn read_and_write(
     let task = context.task(Phase::Compress, number);
     context.progress.start(&task, Some(spool.len_bytes()));
     let how = Compress { level: options.level, threads: options.threads };
-    let advance = |bytes| context.progress.advance(&task, bytes);
+    let advance = |bytes| context.advance(&task, bytes);
     let blob = write_layer_blob(tree, &spool, &options.tmpdir, how, &advance)?;
     context.progress.finish(&task);
     Ok((digest, source_bytes, blob))
@@ -387,6 +388,13 @@ impl Context {
         Ok(())
     }
 
+    /// Tells of progress, unless nobody listens any more.
+    fn advance(&self, task: &Task, bytes: u64) -> Result<()> {
+        self.check_cancelled()?;
+        self.progress.advance(task, bytes);
+        Ok(())
+    }
+
     async fn push(&self, blob: &Blob) -> Result<Pushed> {
         let source = BlobSource::File(blob.path());
         Ok(self.destination.push_blob(&Digest(blob.digest.0), blob.size_bytes, source, None).await?)
@@ -402,9 +410,8 @@ struct Watched<'a, R> {
 
 impl<R: Read> Read for Watched<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.context.check_cancelled()?;
         let count = self.inner.read(buffer)?;
-        self.context.progress.advance(self.task, count as u64);
+        self.context.advance(self.task, count as u64)?;
         Ok(count)
     }
 }

@@ -2,25 +2,26 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File, Metadata};
-use std::io::Read as _;
+use std::ops::Range;
 use std::os::unix::ffi::{OsStrExt, OsStringExt as _};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{major, minor};
+use rustix::fs::{SeekFrom, major, minor, seek};
+use rustix::io::Errno;
 use ublkimg_image::{DeviceNumber, FileData, Kind, Meta, Time};
 
 use super::tar::keep_xattrs;
 use super::{Layer, LayerBuilder};
 use crate::error::{Error, ErrorKind, Result};
-use crate::spool::{PIECE_BYTES, Spool};
+use crate::spool::{ContentId, PIECE_BYTES, Spool};
 
 /// Reads everything below `root`, links not followed, other mounts included. Names starting with `.wh.` are ordinary
-/// files here: a directory is a whole file system, not a difference. `advance` hears of the bytes read.
+/// files here: a directory is a whole file system, not a difference. `advance` hears of the bytes read and can stop it.
 ///
 /// # Errors
 /// `Io` naming the path; `BadSource` when a file changes its size while it is read.
-pub(crate) fn read_directory(root: &Path, spool: &mut Spool, advance: &dyn Fn(u64)) -> Result<Layer> {
+pub(crate) fn read_directory(root: &Path, spool: &mut Spool, advance: &dyn Fn(u64) -> Result<()>) -> Result<Layer> {
     let mut walk = DirectoryWalk { builder: LayerBuilder::new(), links: HashMap::new(), spool, advance };
     let metadata = fs::metadata(root).map_err(|error| Error::open(format!("directory {}", root.display()), error))?;
     if !metadata.is_dir() {
@@ -50,7 +51,7 @@ struct DirectoryWalk<'a> {
     /// First path of each file with several names, by device and inode.
     links: HashMap<(u64, u64), PathBuf>,
     spool: &'a mut Spool,
-    advance: &'a dyn Fn(u64),
+    advance: &'a dyn Fn(u64) -> Result<()>,
 }
 
 impl DirectoryWalk<'_> {
@@ -96,30 +97,48 @@ impl DirectoryWalk<'_> {
         Ok(false)
     }
 
-    fn read_file(&mut self, path: &Path, size_bytes: u64) -> Result<crate::spool::ContentId> {
-        let mut file = File::open(path).map_err(|error| at(path, error))?;
+    /// Reads a file into the spool; its holes are not read.
+    fn read_file(&mut self, path: &Path, size_bytes: u64) -> Result<ContentId> {
+        let changed = || Error::bad_source(format!("{} changed its size while it was read", path.display()));
+        let file = File::open(path).map_err(|error| at(path, error))?;
         let mut content = self.spool.write();
-        let mut buffer = vec![0; PIECE_BYTES.min(usize::try_from(size_bytes).unwrap_or(PIECE_BYTES)).max(1)];
-        let mut seen_bytes = 0;
-        loop {
-            let count = match file.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(count) => count,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(at(path, error)),
-            };
-            seen_bytes += count as u64;
-            if seen_bytes > size_bytes {
-                break;
+        let mut buffer = vec![0; usize::try_from(size_bytes).map_or(PIECE_BYTES, |size| size.min(PIECE_BYTES))];
+        let mut position = 0;
+        while position < size_bytes {
+            let data = next_data(&file, position, size_bytes);
+            content.zeros(data.start - position)?;
+            position = data.start;
+            while position < data.end {
+                let want = usize::try_from(data.end - position).map_or(buffer.len(), |left| left.min(buffer.len()));
+                match file.read_at(&mut buffer[..want], position) {
+                    Ok(0) => return Err(changed()),
+                    Ok(count) => {
+                        content.data(&buffer[..count])?;
+                        position += count as u64;
+                        (self.advance)(count as u64)?;
+                    }
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(at(path, error)),
+                }
             }
-            content.data(&buffer[..count])?;
-            (self.advance)(count as u64);
         }
-        if seen_bytes != size_bytes {
-            return Err(Error::bad_source(format!("{} changed its size while it was read", path.display())));
+        if file.metadata().map_err(|error| at(path, error))?.len() != size_bytes {
+            return Err(changed());
         }
         content.finish()
     }
+}
+
+/// The next run of data in a file; file systems that know no holes have one run. Empty at the end.
+fn next_data(file: &File, position: u64, size_bytes: u64) -> Range<u64> {
+    let start = match seek(file, SeekFrom::Data(position)) {
+        Ok(start) => start.clamp(position, size_bytes),
+        Err(Errno::NXIO) => return size_bytes..size_bytes,
+        Err(_) => return position..size_bytes,
+    };
+    let end = seek(file, SeekFrom::Hole(start)).unwrap_or(size_bytes).min(size_bytes);
+    // A hole where there was data a moment ago: the file is changing. Reading it shows that.
+    if end > start { start..end } else { start..size_bytes }
 }
 
 fn meta(path: &Path, metadata: &Metadata) -> Result<Meta> {
@@ -151,4 +170,29 @@ fn read_xattrs(path: &Path) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
 
 fn at(path: &Path, error: std::io::Error) -> Error {
     Error::io(format!("reading {}", path.display()), error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_are_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = File::create(dir.path().join("sparse")).unwrap();
+        file.write_all_at(b"middle", 5 << 30).unwrap();
+        file.set_len(10 << 30).unwrap();
+        let mut spool = Spool::new(dir.path()).unwrap();
+        let read = std::cell::Cell::new(0);
+        let advance = |bytes| {
+            read.set(read.get() + bytes);
+            Ok(())
+        };
+        let layer = read_directory(dir.path(), &mut spool, &advance).unwrap();
+        let content = spool.content(layer.files[&layer.tree.lookup(b"sparse").unwrap()]);
+        assert_eq!((content.size_bytes, content.stored.len()), (10 << 30, 1));
+        if read.get() == 10 << 30 {
+            println!("SKIP: this file system does not say where holes are");
+        }
+    }
 }

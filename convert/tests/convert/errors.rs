@@ -1,8 +1,11 @@
 //! What a bad source, a bad disk and a bad request lead to.
 
 use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use ublkimg_convert::{Error, ErrorKind, Options};
+use ublkimg_convert::{Error, ErrorKind, Options, Progress, Task, convert};
 
 use crate::same::fixture_file;
 use crate::{fixture, run, run_with};
@@ -96,7 +99,7 @@ async fn missing_things_are_not_found() {
 async fn a_converted_image_is_not_converted_again() {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("root")).unwrap();
-    let first = format!("oci:{}/first:v1", dir.path().display());
+    let first = format!("oci:{}/first", dir.path().display());
     let second = format!("oci:{}/second:v1", dir.path().display());
     run(&format!("dir:{}/root", dir.path().display()), &first).await.unwrap();
     let error = run(&first, &second).await.unwrap_err();
@@ -125,4 +128,38 @@ async fn a_full_disk_is_said_to_be_full() {
     assert_eq!(error.kind(), ErrorKind::DiskFull, "{error}");
     assert!(error.to_string().contains("small"), "{error}");
     assert_eq!(left, 0);
+}
+
+/// Counts bytes and says when there are some.
+#[derive(Default)]
+struct Counter {
+    bytes: AtomicU64,
+    started: tokio::sync::Notify,
+}
+
+impl Progress for Counter {
+    fn start(&self, _: &Task, _: Option<u64>) {}
+    fn advance(&self, _: &Task, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.started.notify_one();
+    }
+    fn finish(&self, _: &Task) {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_conversion_that_is_given_up_stops() {
+    const SIZE: usize = 128 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("root")).unwrap();
+    fs::write(dir.path().join("root/file"), vec![7; SIZE]).unwrap();
+    let source = format!("dir:{}/root", dir.path().display()).parse().unwrap();
+    let destination = format!("oci:{}/converted:v1", dir.path().display()).parse().unwrap();
+    let counter = Arc::new(Counter::default());
+    let options = Options::default();
+    tokio::select! {
+        result = convert(&source, &destination, &options, Arc::<Counter>::clone(&counter)) => panic!("{result:?}"),
+        () = counter.started.notified() => {}
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(counter.bytes.load(Ordering::Relaxed) < SIZE as u64, "work went on");
 }
