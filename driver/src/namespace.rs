@@ -80,13 +80,15 @@ fn hiding<'a>(mounts: &'a [Mount], mount: &Mount) -> Option<&'a Mount> {
         let hides = |other: &&Mount| {
             let on_it = other.parent_id == current.id && other.mount_point == current.mount_point;
             let beside = other.parent_id == current.parent_id && current.mount_point.starts_with(&other.mount_point);
-            other.id != current.id && Some(other.id) != below && (on_it || beside)
+            // The root of an initramfs is its own parent.
+            let other_chain = other.id != current.id && other.id != current.parent_id && Some(other.id) != below;
+            other_chain && (on_it || beside)
         };
         if let Some(found) = mounts.iter().find(hides) {
             return Some(found);
         }
         below = Some(current.id);
-        current = mounts.iter().find(|other| other.id == current.parent_id)?;
+        current = mounts.iter().find(|other| other.id == current.parent_id && other.id != current.id)?;
     }
     None
 }
@@ -170,5 +172,7 @@ mod tests {
         assert_eq!(hiding_id(4), None);
         let beside = [mount(1, 0, "/"), mount(2, 1, "/a/b"), mount(3, 1, "/a")];
         assert_eq!(hiding(&beside, &beside[1]).map(|mount| mount.id), Some(3), "a directory above is covered");
+        let initramfs = [mount(1, 1, "/"), mount(2, 1, "/tmp"), mount(3, 2, "/tmp/a")];
+        assert!(initramfs.iter().all(|mount| hiding(&initramfs, mount).is_none()));
     }
 }
