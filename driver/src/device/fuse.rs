@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fuser::{BackgroundSession, Config, MountOption, Session};
+use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
 use super::fuse_file::{FILE_NAME, READ_LEN_MAX, ReplyPool, SESSION_THREADS, image_file};
@@ -156,8 +157,11 @@ impl Served {
     /// Aborts the connection, which ends the session threads whoever holds the file; then waits for them.
     fn end(self) -> Result<()> {
         self.replies.stop_waiting();
-        rustix::mount::unmount(&self.mount_point, UnmountFlags::FORCE | UnmountFlags::DETACH)
-            .map_err(|error| Error::path("unmount", &self.mount_point, error.into()))?;
+        match rustix::mount::unmount(&self.mount_point, UnmountFlags::FORCE | UnmountFlags::DETACH) {
+            // Somebody else has unmounted it.
+            Ok(()) | Err(Errno::INVAL) => {}
+            Err(error) => return Err(Error::path("unmount", &self.mount_point, error.into())),
+        }
         let deadline = Instant::now() + SESSION_END_TIMEOUT;
         while !self.session.guard.is_finished() {
             if Instant::now() >= deadline {

@@ -114,12 +114,17 @@ pub fn devices() -> Result<Vec<KernelDevice>> {
 pub fn delete(id: u32) -> Result<()> {
     let mut control = Control::open()?;
     control.info(id)?;
-    match control.stop(id) {
-        // A device that was never started cannot be stopped.
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    // A device that was never started cannot be stopped.
+    if_there(control.stop(id))?;
     control.delete(id, DELETE_TIMEOUT)
+}
+
+/// A command for a device that is not there, or not in that state, has nothing left to do.
+fn if_there(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        outcome => outcome,
+    }
 }
 
 /// Feature bits of the driver (`UBLK_F_*`).
@@ -265,7 +270,8 @@ impl UblkDevice {
     pub fn stop(self) -> Result<()> {
         let mut control = Control::open()?;
         self.port.stop();
-        control.stop(self.id)?;
+        // Somebody else may have deleted it: then only our queue thread is left to end.
+        if_there(control.stop(self.id))?;
         if self.ended.recv_timeout(COMMAND_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
             let what = format!("the queue thread of ublk device {} does not end", self.id);
             return Err(Error::new(ErrorKind::TimedOut, what));
@@ -275,7 +281,7 @@ impl UblkDevice {
                 let what = format!("{} is still held; it disappears when its last user closes it", self.path.display());
                 Err(Error::caused(ErrorKind::Busy, what, error))
             }
-            outcome => outcome,
+            outcome => if_there(outcome),
         }
     }
 
