@@ -82,13 +82,14 @@ fn a_failed_chunk_wakes_with_its_errno_and_is_fetched_again() {
 fn who_joined_a_failed_read_ahead_has_a_fetch_of_its_own() {
     let mut rig = Rig::new(1, 100);
     rig.step(Event::Touch { chunk: key(0, 0) });
-    let actions = rig.step(Event::Touch { chunk: key(0, 1) });
-    assert_eq!(actions[0], fetch(key(0, 2), Class::ReadAhead));
+    rig.step(Event::Touch { chunk: key(0, 1) });
+    let actions = rig.step(Event::Touch { chunk: key(0, 2) });
+    assert_eq!(actions[0], fetch(key(0, 3), Class::ReadAhead));
     let joined_at = rig.now + Now::from_micros(1);
-    assert_eq!(rig.demand(1, &[key(0, 2)])[..1], [fetch(key(0, 4), Class::ReadAhead)]);
-    let actions = rig.step_timed(Event::Failed { chunk: key(0, 2), errno: 5 });
-    assert_eq!(actions, [Action::Fetch { chunk: key(0, 2), class: Class::Demand, since: joined_at }]);
-    assert_eq!(rig.step(Event::Failed { chunk: key(0, 2), errno: 5 })[0], wake(1, Err(5)));
+    assert_eq!(rig.demand(1, &[key(0, 3)])[..1], [fetch(key(0, 5), Class::ReadAhead)]);
+    let actions = rig.step_timed(Event::Failed { chunk: key(0, 3), errno: 5 });
+    assert_eq!(actions, [Action::Fetch { chunk: key(0, 3), class: Class::Demand, since: joined_at }]);
+    assert_eq!(rig.step(Event::Failed { chunk: key(0, 3), errno: 5 })[0], wake(1, Err(5)));
 }
 
 #[test]
@@ -96,13 +97,14 @@ fn a_demand_that_joins_read_ahead_is_a_late_hit_and_does_not_stop_it() {
     let mut rig = Rig::new(1, 100);
     rig.demand(1, &[key(0, 0)]);
     rig.step(Event::Fetched { chunk: key(0, 0) });
-    rig.demand(2, &[key(0, 1)]);
-    let actions = rig.step(Event::Fetched { chunk: key(0, 1) });
-    let ahead = [2, 3].map(|chunk| fetch(key(0, chunk), Class::ReadAhead));
+    rig.step(Event::Touch { chunk: key(0, 1) });
+    rig.demand(2, &[key(0, 2)]);
+    let actions = rig.step(Event::Fetched { chunk: key(0, 2) });
+    let ahead = [3, 4].map(|chunk| fetch(key(0, chunk), Class::ReadAhead));
     assert_eq!(actions[0], wake(2, Ok(())));
     assert_eq!(actions[1..], ahead, "the first window, now that no demand is open");
-    let actions = rig.demand(3, &[key(0, 2)]);
-    assert_eq!(actions[0], fetch(key(0, 4), Class::ReadAhead), "{actions:?}");
+    let actions = rig.demand(3, &[key(0, 3)]);
+    assert_eq!(actions[0], fetch(key(0, 5), Class::ReadAhead), "{actions:?}");
     assert_eq!(rig.scheduler.counters().late_hits, 1);
 }
 
