@@ -2,5 +2,14 @@
 
 #![forbid(unsafe_code)]
 
+pub mod command;
+pub mod compare;
+pub mod expected_tree;
 pub mod http;
+pub mod leaks;
+pub mod oci_layout;
 pub mod registry;
+pub mod sample_image;
+pub mod skip;
+pub mod tar;
+pub mod temp_root;

@@ -183,18 +183,18 @@ impl Faults {
         met
     }
 
-    fn is_down(active: &BTreeMap<String, ActiveFault>) -> bool {
-        active.values().any(|active| active.fault.toxic == Toxic::Refuse && !active.is_over())
+    pub(crate) fn is_down(&self) -> bool {
+        any_refuses(&self.active.borrow())
     }
 
     pub(crate) async fn until_down(&self) {
         let mut active = self.active.subscribe();
         // An error means that the registry ends; so does the caller's task.
-        drop(active.wait_for(Self::is_down).await);
+        drop(active.wait_for(any_refuses).await);
     }
 
     pub(crate) async fn until_up(&self) {
-        self.until(|active| !Self::is_down(active)).await;
+        self.until(|active| !any_refuses(active)).await;
     }
 
     /// Completes when the fault `name` is taken away or over.
@@ -211,6 +211,10 @@ impl Faults {
         let mut active = self.active.subscribe();
         while tokio::time::timeout(POLL, active.wait_for(&mut over)).await.is_err() {}
     }
+}
+
+fn any_refuses(active: &BTreeMap<String, ActiveFault>) -> bool {
+    active.values().any(|active| active.fault.toxic == Toxic::Refuse && !active.is_over())
 }
 
 /// Whether `pattern` with `*` for any characters matches all of `text`.

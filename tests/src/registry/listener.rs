@@ -69,7 +69,10 @@ impl Listener for LinkListener {
 
     async fn accept(&mut self) -> (DuplexStream, ConnectionHandle) {
         loop {
-            self.faults.until_up().await;
+            if self.faults.is_down() {
+                self.socket = None;
+                self.faults.until_up().await;
+            }
             match self.accept_one().await {
                 Ok(Some(accepted)) => return accepted,
                 Ok(None) => (),
