@@ -16,10 +16,33 @@ fn blob(registry: &TestRegistry, len_bytes: usize) -> String {
     format!("/v2/a/blobs/{digest}")
 }
 
+/// A busy machine can only spoil a measurement, so one good one in so many will do.
+const ATTEMPTS: usize = 8;
+
+/// Measures until `is_good`.
 #[track_caller]
-fn assert_within(what: &str, found: Duration, expected: Duration, percent: u32) {
-    let (low, high) = (expected * (100 - percent) / 100, expected * (100 + percent) / 100);
-    assert!((low..=high).contains(&found), "{what}: {found:?}, not within {percent} % of {expected:?}");
+fn measure<M: std::fmt::Debug>(what: &str, mut take: impl FnMut() -> M, is_good: impl Fn(&M) -> bool) {
+    let mut taken = Vec::new();
+    while taken.len() < ATTEMPTS {
+        let measured = take();
+        if is_good(&measured) {
+            return;
+        }
+        taken.push(measured);
+    }
+    panic!("{what}: {taken:?}");
+}
+
+/// What `act` does takes `expected_ms`, within 15 %.
+#[track_caller]
+fn assert_takes(what: &str, expected_ms: u64, mut act: impl FnMut()) {
+    let expected = Duration::from_millis(expected_ms);
+    let take = || {
+        let start = Instant::now();
+        act();
+        start.elapsed()
+    };
+    measure(what, take, |time| (expected * 85 / 100..=expected * 115 / 100).contains(time));
 }
 
 #[test]
@@ -29,9 +52,7 @@ fn bytes_take_their_time() {
         let len_bytes = 40_000 * usize::try_from(rate_mbit).unwrap();
         let path = blob(&registry, len_bytes);
         let mut client = Connection::open(registry.addr()).unwrap();
-        let start = Instant::now();
-        assert_eq!(client.get(&path).unwrap().body.len(), len_bytes);
-        assert_within("320 ms worth of bytes", start.elapsed(), Duration::from_millis(320), 15);
+        assert_takes("320 ms worth of bytes", 320, || assert_eq!(client.get(&path).unwrap().body.len(), len_bytes));
     }
 }
 
@@ -39,70 +60,74 @@ fn bytes_take_their_time() {
 fn requests_take_round_trips_and_a_new_connection_one_more() {
     let registry = shaped(0, 10);
     let path = blob(&registry, 100);
-    let start = Instant::now();
+    assert_takes("a request on a new connection", 40, || {
+        Connection::open(registry.addr()).unwrap().get(&path).unwrap();
+    });
     let mut client = Connection::open(registry.addr()).unwrap();
     client.get(&path).unwrap();
-    assert_within("the first request", start.elapsed(), Duration::from_millis(40), 15);
-    let start = Instant::now();
-    for _ in 0..20 {
-        client.get(&path).unwrap();
-    }
-    assert_within("20 requests", start.elapsed(), Duration::from_millis(400), 15);
+    assert_takes("20 requests", 400, || {
+        for _ in 0..20 {
+            client.get(&path).unwrap();
+        }
+    });
 }
 
 #[test]
 fn delay_does_not_limit_the_rate() {
     let registry = shaped(80, 20);
     let path = blob(&registry, 4_000_000);
-    let mut client = Connection::open(registry.addr()).unwrap();
-    let start = Instant::now();
-    client.get(&path).unwrap();
-    assert_within("4 MB at 10 MB/s, two round trips", start.elapsed(), Duration::from_millis(480), 15);
+    assert_takes("4 MB at 10 MB/s, two round trips", 480, || {
+        Connection::open(registry.addr()).unwrap().get(&path).unwrap();
+    });
 }
 
 #[test]
 fn connections_share_evenly() {
     let registry = shaped(80, 0);
     let path = blob(&registry, 8_000_000);
-    let (address, end) = (registry.addr(), Instant::now() + Duration::from_millis(500));
-    let readers: Vec<_> = (0..2)
-        .map(|_| {
-            let path = path.clone();
-            std::thread::spawn(move || {
-                let mut client = Connection::open(address).unwrap();
-                client.send("GET", &path, &[], &[]).unwrap();
-                let mut buffer = [0; 4096];
-                let mut len_bytes = 0;
-                while Instant::now() < end {
-                    len_bytes += client.stream().read(&mut buffer).unwrap();
-                }
-                len_bytes as f64
-            })
+    let read_for_500_ms = |end: Instant| {
+        let mut client = Connection::open(registry.addr()).unwrap();
+        client.send("GET", &path, &[], &[]).unwrap();
+        let mut buffer = [0; 4096];
+        let mut len_bytes = 0;
+        while Instant::now() < end {
+            len_bytes += client.stream().read(&mut buffer).unwrap();
+        }
+        len_bytes as f64
+    };
+    let shares = || {
+        let end = Instant::now() + Duration::from_millis(500);
+        std::thread::scope(|scope| {
+            let readers = [(), ()].map(|()| scope.spawn(|| read_for_500_ms(end)));
+            readers.map(|reader| reader.join().unwrap())
         })
-        .collect();
-    let shares: Vec<f64> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
-    assert!((shares[0] / shares[1] - 1.0).abs() < 0.15, "{shares:?}");
-    assert!((shares[0] + shares[1] - 5_000_000.0).abs() < 750_000.0, "{shares:?} in 500 ms at 10 MB/s");
+    };
+    measure("bytes of each in 500 ms at 10 MB/s", shares, |[a, b]| {
+        (a / b - 1.0).abs() < 0.15 && (a + b - 5_000_000.0).abs() < 750_000.0
+    });
 }
 
 #[test]
 fn a_small_answer_passes_a_long_one() {
     let registry = shaped(80, 0);
     let (long, short) = (blob(&registry, 8_000_000), blob(&registry, 4096));
-    let mut bulk = Connection::open(registry.addr()).unwrap();
-    bulk.send("GET", &long, &[], &[]).unwrap();
-    let address = registry.addr();
-    let reader = std::thread::spawn(move || bulk.stream().take(4_000_000).read_to_end(&mut Vec::new()));
-    let mut client = Connection::open(address).unwrap();
-    client.get(&short).unwrap();
-    let start = Instant::now();
-    for _ in 0..10 {
+    let time_of_a_small_one = || {
+        let mut bulk = Connection::open(registry.addr()).unwrap();
+        bulk.send("GET", &long, &[], &[]).unwrap();
+        let reader = std::thread::spawn(move || bulk.stream().take(4_000_000).read_to_end(&mut Vec::new()));
+        let mut client = Connection::open(registry.addr()).unwrap();
         client.get(&short).unwrap();
-    }
-    let each = start.elapsed() / 10;
-    assert!(each < Duration::from_millis(10), "{each:?}: a turn of the other is 1.6 ms");
-    assert!(!reader.is_finished(), "the long one was under way");
-    reader.join().unwrap().unwrap();
+        let start = Instant::now();
+        for _ in 0..10 {
+            client.get(&short).unwrap();
+        }
+        let each = start.elapsed() / 10;
+        let was_under_way = !reader.is_finished();
+        reader.join().unwrap().unwrap();
+        (each, was_under_way)
+    };
+    // A turn of the other takes 1.6 ms.
+    measure("a small answer", time_of_a_small_one, |(each, under_way)| *under_way && *each < Duration::from_millis(10));
 }
 
 #[test]
@@ -119,7 +144,5 @@ fn a_client_that_does_not_read_takes_no_share() {
     }
     assert!(before < 16_000_000, "{before} bytes are buffered for a client that reads none");
     let mut client = Connection::open(registry.addr()).unwrap();
-    let start = Instant::now();
-    client.get(&path).unwrap();
-    assert_within("4 MB at 20 MB/s", start.elapsed(), Duration::from_millis(200), 15);
+    assert_takes("4 MB at 20 MB/s", 200, || drop(client.get(&path).unwrap()));
 }
