@@ -4,6 +4,7 @@
 
 pub mod command;
 pub mod compare;
+pub mod docker_registry;
 pub mod expected_tree;
 pub mod http;
 pub mod leaks;
