@@ -34,7 +34,10 @@ pub(crate) struct Attached {
 impl Ublkimg {
     /// `ublkimg convert`.
     pub(crate) fn convert(&self, source: &str, destination: &str) -> Result<()> {
-        self.call(&["convert", source, destination]).map(|_stdout| ())
+        let tmpdir = self.run_dir.join("tmp");
+        std::fs::create_dir_all(&tmpdir)?;
+        let tmpdir = tmpdir.to_str().context("a path that is not UTF-8")?;
+        self.call(&["convert", "--tmpdir", tmpdir, source, destination]).map(|_stdout| ())
     }
 
     /// `ublkimg add --mount`.
