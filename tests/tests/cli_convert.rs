@@ -1,5 +1,7 @@
 //! `ublkimg convert` as scripts use it: what it prints, its exit codes, and that a failure leaves nothing half-made.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,7 @@
 //! The test registry speaks the distribution API, as a client without any of our code sees it.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use ublkimg_image::Sha256;
 use ublkimg_tests::http::Connection;
 use ublkimg_tests::registry::{Auth, Config, Credentials, TestRegistry};

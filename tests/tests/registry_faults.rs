@@ -1,5 +1,7 @@
 //! Each fault of the test registry does what it says, once, and goes away.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::io::{ErrorKind, Read};
 use std::time::{Duration, Instant};
 

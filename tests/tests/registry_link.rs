@@ -1,5 +1,7 @@
 //! The shaped link of the test registry is what it says: other tests and benchmarks measure by it.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::io::Read;
 use std::time::{Duration, Instant};
 

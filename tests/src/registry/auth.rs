@@ -77,10 +77,9 @@ pub(crate) struct Gate {
 
 /// The outer side of the registry's own handlers.
 pub(crate) async fn layer(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
-    match gate.check(&request) {
-        Ok(None) => next.run(request).await,
-        Ok(Some(token)) => token,
-        Err(refusal) => refusal,
+    match gate.answer(&request) {
+        Some(answer) => answer,
+        None => next.run(request).await,
     }
 }
 
@@ -89,18 +88,18 @@ impl Gate {
         Self { auth, address, tokens: Mutex::default() }
     }
 
-    /// `None`: the request may go on. An answer: a token.
-    fn check(&self, request: &Request) -> Result<Option<Response>, Response> {
+    /// `None`: the request may go on. Otherwise a refusal, or the token that was asked for.
+    fn answer(&self, request: &Request) -> Option<Response> {
         match &self.auth {
-            Auth::Anonymous => Ok(None),
-            Auth::Basic(credentials) if credentials.are_in(request.headers()) => Ok(None),
-            Auth::Basic(_) => Err(unauthorized("Basic realm=\"test\"")),
-            Auth::Bearer { .. } if request.uri().path() == "/_token" => self.grant(request).map(Some),
-            Auth::Bearer { .. } => self.check_token(request).map(|()| None),
+            Auth::Anonymous => None,
+            Auth::Basic(credentials) if credentials.are_in(request.headers()) => None,
+            Auth::Basic(_) => Some(unauthorized("Basic realm=\"test\"")),
+            Auth::Bearer { .. } if request.uri().path() == "/_token" => Some(self.grant(request)),
+            Auth::Bearer { .. } => self.refusal_of_token(request),
         }
     }
 
-    fn check_token(&self, request: &Request) -> Result<(), Response> {
+    fn refusal_of_token(&self, request: &Request) -> Option<Response> {
         let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
         let action = if is_read { "pull" } else { "push" };
         let repository = repository_of(request.uri().path());
@@ -111,24 +110,24 @@ impl Gate {
                 && repository.is_none_or(|name| grant.scopes.iter().any(|scope| allows(scope, name, action)))
         });
         if granted {
-            return Ok(());
+            return None;
         }
         let scope = repository.map(|name| {
             let actions = if is_read { "pull" } else { "pull,push" };
             format!(",scope=\"repository:{name}:{actions}\"")
         });
         let realm = format!("Bearer realm=\"http://{}/_token\",service=\"test\"", self.address);
-        Err(unauthorized(&format!("{realm}{}", scope.unwrap_or_default())))
+        Some(unauthorized(&format!("{realm}{}", scope.unwrap_or_default())))
     }
 
     /// Gives out a token, with or without user and password.
-    fn grant(&self, request: &Request) -> Result<Response, Response> {
+    fn grant(&self, request: &Request) -> Response {
         let Auth::Bearer { credentials, anonymous_pull, token_lifetime_s } = &self.auth else {
-            return Err(StatusCode::NOT_FOUND.into_response());
+            return StatusCode::NOT_FOUND.into_response();
         };
         let is_known = credentials.are_in(request.headers());
         if !is_known && (request.headers().contains_key(AUTHORIZATION) || !anonymous_pull) {
-            return Err(unauthorized("Basic realm=\"test\""));
+            return unauthorized("Basic realm=\"test\"");
         }
         let query = request.uri().query().unwrap_or_default();
         let scopes = query.split('&').filter_map(|pair| pair.strip_prefix("scope=")).map(decode_percent);
@@ -145,7 +144,7 @@ impl Gate {
         let expires_at = Instant::now() + Duration::from_secs(*token_lifetime_s);
         tokens.1.insert(token.clone(), Grant { scopes, expires_at });
         let answer = serde_json::json!({"token": token, "expires_in": token_lifetime_s});
-        Ok(([("Content-Type", "application/json")], answer.to_string()).into_response())
+        ([("Content-Type", "application/json")], answer.to_string()).into_response()
     }
 }
 

@@ -1,0 +1,319 @@
+//! `ublkimg add` to `rm` as scripts use them, on this machine's kernel: over ublk where it has it, else over a FUSE file.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use ublkimg_tests::command::{Outcome, ublkimg};
+use ublkimg_tests::compare::compare_trees;
+use ublkimg_tests::leaks;
+use ublkimg_tests::oci_layout::{Compression, Layer, OciLayout};
+use ublkimg_tests::registry::{Auth, Config, Credentials, Fault, TestRegistry, Toxic};
+use ublkimg_tests::sample_image::{SampleImage, noise};
+use ublkimg_tests::skip;
+use ublkimg_tests::tar::{Entry, LongNames, archive};
+use ublkimg_tests::temp_root::TempRoot;
+
+/// Why devices cannot be tested here.
+fn lacking() -> Option<&'static str> {
+    let has_erofs = std::fs::read_to_string("/proc/filesystems").is_ok_and(|types| types.contains("\terofs\n"));
+    let has_ublk = Path::new("/dev/ublk-control").exists();
+    let has_fuse = Path::new("/dev/fuse").exists() && Path::new("/dev/loop-control").exists();
+    match () {
+        () if !skip::is_root() => Some("devices need root"),
+        () if !has_erofs => Some("this kernel has no EROFS"),
+        () if !has_ublk && !has_fuse => Some("this kernel has neither ublk nor FUSE and loop devices"),
+        () => None,
+    }
+}
+
+/// A registry with images, and a daemon's directories.
+struct Host {
+    root: TempRoot,
+    registry: TestRegistry,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// One daemon at a time: the mount namespace of a server that starts while another serves a FUSE file keeps that one's
+/// mounts, so they could not be removed before it ends.
+static ALONE: Mutex<()> = Mutex::new(());
+
+impl Host {
+    fn new(auth: Auth) -> Self {
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let root = TempRoot::new().unwrap();
+        let registry = TestRegistry::start(Config { auth, ..Config::default() }).unwrap();
+        Self { root, registry, _alone }
+    }
+
+    /// With the sample image converted, as `sample:v1`.
+    fn with_sample() -> Self {
+        let host = Self::new(Auth::Anonymous);
+        SampleImage::default().write_layout(&host.root.join("source"), "v1").unwrap();
+        host.convert("source", "sample");
+        host
+    }
+
+    /// Converts the image of the layout `layout` below the root, and serves it as `repository:v1`.
+    fn convert(&self, layout: &str, repository: &str) {
+        let source = format!("oci:{}:v1", self.root.join(layout).display());
+        let destination = self.root.join("converted").join(repository);
+        self.ublkimg(&["convert", &source, &format!("oci:{}:v1", destination.display())]).success();
+        self.registry.load_layout(&destination, Some("v1"), repository, "v1").unwrap();
+    }
+
+    fn ublkimg(&self, arguments: &[&str]) -> Outcome {
+        ublkimg(self.root.path()).args(arguments).run()
+    }
+
+    fn add(&self, repository: &str, arguments: &[&str]) -> Outcome {
+        let reference = self.registry.reference(repository, "v1");
+        ublkimg(self.root.path()).args(["add", &reference]).args(arguments).run()
+    }
+
+    /// Adds and mounts an image; returns the mount point.
+    fn mounted(&self, repository: &str) -> PathBuf {
+        let dir = self.root.join(format!("mnt-{repository}"));
+        self.add(repository, &["--mount", dir.to_str().unwrap(), "--read-timeout", "5s"]).success();
+        dir
+    }
+
+    fn devices(&self) -> Vec<Value> {
+        let list = self.ublkimg(&["ls", "--json"]).success();
+        serde_json::from_str::<Value>(&list.stdout).unwrap().as_array().unwrap().clone()
+    }
+
+    /// The log of the daemon.
+    fn log(&self) -> String {
+        let files = std::fs::read_dir(self.root.join("run")).unwrap().map(|entry| entry.unwrap().path());
+        let logs = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
+        logs.map(|path| std::fs::read_to_string(path).unwrap()).collect()
+    }
+
+    /// Removes all devices, ends the daemon, and looks for what is left.
+    fn end(self) {
+        for device in self.devices() {
+            self.ublkimg(&["rm", device["name"].as_str().unwrap()]).success();
+        }
+        self.ublkimg(&["daemon", "--stop"]).success();
+        assert_eq!(leaks::left_behind(self.root.path()), Vec::<String>::new());
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // No daemon may outlive its test, whatever went wrong.
+        if std::thread::panicking() && self.root.join("run").exists() {
+            let log = self.log();
+            let start = log.len().saturating_sub(4000);
+            eprintln!("the end of the daemon's log:\n{}", log.get(start..).unwrap_or(&log));
+            for device in self.devices() {
+                self.ublkimg(&["rm", "--force", device["name"].as_str().unwrap_or_default()]);
+            }
+            self.ublkimg(&["daemon", "--stop"]);
+        }
+    }
+}
+
+#[test]
+fn the_mounted_tree_is_that_of_the_source() {
+    if let Some(reason) = lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let comparison = TempRoot::new().unwrap();
+    let expected = comparison.tmpfs("expected", 64 << 20).unwrap();
+    SampleImage::default().write_expected_tree(&expected).unwrap();
+    let mount = host.root.join("mnt");
+    let added = host.add("sample", &["--mount", mount.to_str().unwrap()]).success();
+    let device = added.stdout.split(' ').next().unwrap().to_owned();
+    assert_eq!(added.stdout, format!("{device} {}\n", mount.display()), "the device, the mount point, nothing else");
+    assert!(device.starts_with("/dev/"), "{device}");
+
+    assert_eq!(compare_trees(&expected, &mount).unwrap(), Vec::<String>::new());
+    let again = compare_trees(&expected, &mount).unwrap();
+    assert_eq!(again, Vec::<String>::new());
+    let stats = host.registry.stats();
+    assert_eq!(stats.duplicate_bytes, 0, "nothing is fetched twice");
+
+    let repeated = host.add("sample", &["--mount", mount.to_str().unwrap()]).success();
+    assert_eq!(repeated.stdout, added.stdout, "idempotent");
+    assert_eq!(host.devices().len(), 1);
+    let status = host.ublkimg(&["status", "--json", mount.to_str().unwrap()]).success();
+    let status: Value = serde_json::from_str(&status.stdout).unwrap();
+    assert_eq!(status["device"], device.as_str(), "{status}");
+
+    host.ublkimg(&["rm", mount.to_str().unwrap()]).success();
+    assert_eq!(host.devices(), Vec::<Value>::new());
+    assert_eq!(std::fs::metadata(&mount).unwrap().dev(), std::fs::metadata(host.root.path()).unwrap().dev());
+    host.ublkimg(&["rm", mount.to_str().unwrap()]).refused(3, &["mnt"]);
+    host.end();
+}
+
+#[test]
+fn little_is_fetched_for_little() {
+    if let Some(reason) = lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    host.registry.reset_stats();
+    let mount = host.mounted("sample");
+    let attached = host.registry.stats();
+    assert!(attached.bytes_sent < 200_000, "{} bytes to attach an image of 6 MB", attached.bytes_sent);
+    assert_eq!(std::fs::read(mount.join("etc/replaced")).unwrap(), b"new\n");
+    assert_eq!(std::fs::read(mount.join("links/b")).unwrap(), b"not linked any more\n");
+    let read = host.registry.stats();
+    assert!(read.bytes_sent < attached.bytes_sent + 1_000_000, "{} bytes for two small files", read.bytes_sent);
+    assert_eq!(read.duplicate_bytes, 0);
+    host.end();
+}
+
+#[test]
+fn a_layer_of_two_images_is_fetched_once() {
+    if let Some(reason) = lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::new(Auth::Anonymous);
+    let layer = |entry: Entry| Layer { tar: archive(&[entry], LongNames::Pax), compression: Compression::None };
+    for own in ["one", "two"] {
+        let layout = OciLayout::create(&host.root.join(own)).unwrap();
+        let layers = [layer(Entry::file("shared", noise(9, 2_000_000))), layer(Entry::file("own", own))];
+        layout.add_image("v1", &layers).unwrap();
+        host.convert(own, own);
+    }
+    let mounts = ["one", "two"].map(|repository| (repository, host.mounted(repository)));
+    for (own, mount) in &mounts {
+        assert!(std::fs::read(mount.join("shared")).unwrap() == noise(9, 2_000_000));
+        assert_eq!(std::fs::read_to_string(mount.join("own")).unwrap(), *own);
+    }
+    assert_eq!(host.devices().len(), 2);
+    assert_eq!(host.registry.stats().duplicate_bytes, 0, "{:#?}", host.registry.stats().blobs);
+    host.end();
+}
+
+#[test]
+fn a_changed_chunk_is_an_error_and_never_data() {
+    if let Some(reason) = lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::new(Auth::Anonymous);
+    let contents = noise(11, 4 << 20);
+    let layers = [Layer {
+        tar: archive(&[Entry::file("noise", contents.clone())], LongNames::Pax),
+        compression: Compression::None,
+    }];
+    OciLayout::create(&host.root.join("source")).unwrap().add_image("v1", &layers).unwrap();
+    host.convert("source", "noise");
+    let index: Value = serde_json::from_slice(&host.registry.manifest("noise", "v1").unwrap().unwrap()).unwrap();
+    let manifest = index["manifests"][0]["digest"].as_str().unwrap();
+    let manifest: Value = serde_json::from_slice(&host.registry.manifest("noise", manifest).unwrap().unwrap()).unwrap();
+    let blob = manifest["layers"][0]["digest"].as_str().unwrap();
+    // Noise does not compress, so the middle of the blob is about the middle of the file.
+    let offset_bytes = manifest["layers"][0]["size"].as_u64().unwrap() / 2;
+    let flip = Fault::new(&format!("*/blobs/{blob}"), Toxic::BitFlip { offset_bytes });
+    host.registry.set_fault("flip", flip);
+
+    let mount = host.mounted("noise");
+    let file = std::fs::File::open(mount.join("noise")).unwrap();
+    let mut failed = BTreeSet::new();
+    for page in 0..contents.len() / 4096 {
+        let mut buffer = [0; 4096];
+        match std::os::unix::fs::FileExt::read_exact_at(&file, &mut buffer, page as u64 * 4096) {
+            Ok(()) => assert!(buffer == contents[page * 4096..][..4096], "page {page}"),
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(5), "page {page}: {error}");
+                failed.insert(page);
+            }
+        }
+    }
+    drop(file);
+    let (first, last) = (*failed.first().unwrap(), *failed.last().unwrap());
+    assert!(failed.len() == last - first + 1 && failed.len() <= 64, "one chunk, no more: {failed:?}");
+    let log = host.log();
+    let line = log.lines().find(|line| line.contains(blob)).unwrap_or_else(|| panic!("{blob} is not in:\n{log}"));
+    assert!(line.contains("chunk"), "{line}");
+    host.registry.clear_fault("flip");
+    host.end();
+}
+
+#[test]
+fn a_registry_that_is_away_is_needed_by_nothing_but_reads() {
+    if let Some(reason) = lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let mount = host.mounted("sample");
+    let mount = mount.to_str().unwrap();
+    let prose = std::fs::read(Path::new(mount).join("data/prose")).unwrap();
+    host.registry.set_fault("down", Fault::new("*", Toxic::Refuse));
+    assert!(std::fs::read(Path::new(mount).join("data/prose")).unwrap() == prose);
+    host.ublkimg(&["status", "--json", mount]).success();
+    host.ublkimg(&["rm", mount]).success();
+    let start = Instant::now();
+    host.end();
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+/// What `add` refuses, with code and name, and that it leaves neither device nor mount.
+#[test]
+fn bad_input() {
+    if let Some(reason) = lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    host.registry.load_layout(&host.root.join("source"), None, "plain", "v1").unwrap();
+    let address = host.registry.addr().to_string();
+    let mount = host.root.join("mnt");
+    let refused = |repository: &str, code: i32, names: &[&str]| {
+        let outcome = host.add(repository, &["--mount", mount.to_str().unwrap(), "--timeout", "4s"]);
+        outcome.refused(code, names);
+        assert!(outcome.elapsed < Duration::from_secs(8), "{:?}", outcome.elapsed);
+        assert!(!mount.exists(), "the mount point was made, and is left");
+        assert_eq!(host.devices(), Vec::<Value>::new());
+    };
+    refused("missing", 3, &[&address, "missing"]);
+    refused("plain", 5, &["not an ublkimg image"]);
+    host.ublkimg(&["add", "UPPER/case:x"]).refused(2, &["UPPER/case:x"]);
+    host.ublkimg(&["rm", "nothing"]).refused(3, &["nothing"]);
+    host.ublkimg(&["status", "nothing"]).refused(3, &["nothing"]);
+
+    let fault = |toxic| host.registry.set_fault("it", Fault::new("*", toxic));
+    fault(Toxic::Hang);
+    refused("sample", 7, &[&address]);
+    fault(Toxic::Refuse);
+    refused("sample", 7, &[&address]);
+    fault(Toxic::Status { code: 401 });
+    refused("sample", 4, &[&address]);
+    host.registry.clear_faults();
+    host.registry.set_fault("it", Fault::new("*/blobs/*", Toxic::BitFlip { offset_bytes: 100 }));
+    refused("sample", 6, &["sha256:"]);
+    host.registry.clear_faults();
+
+    if !Path::new("/dev/ublk-control").exists() {
+        host.add("sample", &["--transport", "ublk"]).refused(8, &["ublk"]);
+    }
+    let elsewhere = TempRoot::new().unwrap();
+    let busy = elsewhere.tmpfs("busy", 4096).unwrap();
+    host.add("sample", &["--mount", busy.to_str().unwrap()]).refused(9, &["busy"]);
+    assert_eq!(host.devices(), Vec::<Value>::new());
+    host.end();
+}
+
+#[test]
+fn wrong_credentials() {
+    if let Some(reason) = lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::new(Auth::Basic(Credentials::new("user", "secret")));
+    let address = host.registry.addr().to_string();
+    host.add("a", &[]).refused(4, &[&address]);
+    let file = host.root.file("auth.json", format!(r#"{{"auths": {{"{address}": {{"auth": "dXNlcjpndWVzcw=="}}}}}}"#));
+    host.add("a", &["--auth-file", file.unwrap().to_str().unwrap()]).refused(4, &[&address]);
+    assert!(!host.log().contains("dXNlcjpndWVzcw"), "secrets are not for logs");
+    host.end();
+}
