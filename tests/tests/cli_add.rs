@@ -4,125 +4,22 @@
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use ublkimg_tests::command::{Outcome, ublkimg};
 use ublkimg_tests::compare::compare_trees;
-use ublkimg_tests::leaks;
+use ublkimg_tests::host::{self, Host};
 use ublkimg_tests::oci_layout::{Compression, Layer, OciLayout};
-use ublkimg_tests::registry::{Auth, Config, Credentials, Fault, TestRegistry, Toxic};
+use ublkimg_tests::registry::{Auth, Credentials, Fault, Toxic};
 use ublkimg_tests::sample_image::{SampleImage, noise};
 use ublkimg_tests::skip;
 use ublkimg_tests::tar::{Entry, LongNames, archive};
 use ublkimg_tests::temp_root::TempRoot;
 
-/// Why devices cannot be tested here.
-fn lacking() -> Option<&'static str> {
-    let has_erofs = std::fs::read_to_string("/proc/filesystems").is_ok_and(|types| types.contains("\terofs\n"));
-    let has_ublk = Path::new("/dev/ublk-control").exists();
-    let has_fuse = Path::new("/dev/fuse").exists() && Path::new("/dev/loop-control").exists();
-    match () {
-        () if !skip::is_root() => Some("devices need root"),
-        () if !has_erofs => Some("this kernel has no EROFS"),
-        () if !has_ublk && !has_fuse => Some("this kernel has neither ublk nor FUSE and loop devices"),
-        () => None,
-    }
-}
-
-/// A registry with images, and a daemon's directories.
-struct Host {
-    root: TempRoot,
-    registry: TestRegistry,
-    _alone: MutexGuard<'static, ()>,
-}
-
-/// One daemon at a time: the mount namespace of a server that starts while another serves a FUSE file keeps that one's
-/// mounts, so they could not be removed before it ends.
-static ALONE: Mutex<()> = Mutex::new(());
-
-impl Host {
-    fn new(auth: Auth) -> Self {
-        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let root = TempRoot::new().unwrap();
-        let registry = TestRegistry::start(Config { auth, ..Config::default() }).unwrap();
-        Self { root, registry, _alone }
-    }
-
-    /// With the sample image converted, as `sample:v1`.
-    fn with_sample() -> Self {
-        let host = Self::new(Auth::Anonymous);
-        SampleImage::default().write_layout(&host.root.join("source"), "v1").unwrap();
-        host.convert("source", "sample");
-        host
-    }
-
-    /// Converts the image of the layout `layout` below the root, and serves it as `repository:v1`.
-    fn convert(&self, layout: &str, repository: &str) {
-        let source = format!("oci:{}:v1", self.root.join(layout).display());
-        let destination = self.root.join("converted").join(repository);
-        self.ublkimg(&["convert", &source, &format!("oci:{}:v1", destination.display())]).success();
-        self.registry.load_layout(&destination, Some("v1"), repository, "v1").unwrap();
-    }
-
-    fn ublkimg(&self, arguments: &[&str]) -> Outcome {
-        ublkimg(self.root.path()).args(arguments).run()
-    }
-
-    fn add(&self, repository: &str, arguments: &[&str]) -> Outcome {
-        let reference = self.registry.reference(repository, "v1");
-        ublkimg(self.root.path()).args(["add", &reference]).args(arguments).run()
-    }
-
-    /// Adds and mounts an image; returns the mount point.
-    fn mounted(&self, repository: &str) -> PathBuf {
-        let dir = self.root.join(format!("mnt-{repository}"));
-        self.add(repository, &["--mount", dir.to_str().unwrap(), "--read-timeout", "5s"]).success();
-        dir
-    }
-
-    fn devices(&self) -> Vec<Value> {
-        let list = self.ublkimg(&["ls", "--json"]).success();
-        serde_json::from_str::<Value>(&list.stdout).unwrap().as_array().unwrap().clone()
-    }
-
-    /// The log of the daemon.
-    fn log(&self) -> String {
-        let files = std::fs::read_dir(self.root.join("run")).unwrap().map(|entry| entry.unwrap().path());
-        let logs = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
-        logs.map(|path| std::fs::read_to_string(path).unwrap()).collect()
-    }
-
-    /// Removes all devices, ends the daemon, and looks for what is left.
-    fn end(self) {
-        for device in self.devices() {
-            self.ublkimg(&["rm", device["name"].as_str().unwrap()]).success();
-        }
-        self.ublkimg(&["daemon", "--stop"]).success();
-        assert_eq!(leaks::left_behind(self.root.path()), Vec::<String>::new());
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        // No daemon may outlive its test, whatever went wrong.
-        if std::thread::panicking() && self.root.join("run").exists() {
-            let log = self.log();
-            let start = log.len().saturating_sub(4000);
-            eprintln!("the end of the daemon's log:\n{}", log.get(start..).unwrap_or(&log));
-            for device in self.devices() {
-                self.ublkimg(&["rm", "--force", device["name"].as_str().unwrap_or_default()]);
-            }
-            self.ublkimg(&["daemon", "--stop"]);
-        }
-    }
-}
-
 #[test]
 fn the_mounted_tree_is_that_of_the_source() {
-    if let Some(reason) = lacking() {
+    if let Some(reason) = host::lacking() {
         skip!("{reason}");
     }
     let host = Host::with_sample();
@@ -157,7 +54,7 @@ fn the_mounted_tree_is_that_of_the_source() {
 
 #[test]
 fn little_is_fetched_for_little() {
-    if let Some(reason) = lacking() {
+    if let Some(reason) = host::lacking() {
         skip!("{reason}");
     }
     let host = Host::with_sample();
@@ -175,7 +72,7 @@ fn little_is_fetched_for_little() {
 
 #[test]
 fn a_layer_of_two_images_is_fetched_once() {
-    if let Some(reason) = lacking() {
+    if let Some(reason) = host::lacking() {
         skip!("{reason}");
     }
     let host = Host::new(Auth::Anonymous);
@@ -198,7 +95,7 @@ fn a_layer_of_two_images_is_fetched_once() {
 
 #[test]
 fn a_changed_chunk_is_an_error_and_never_data() {
-    if let Some(reason) = lacking() {
+    if let Some(reason) = host::lacking() {
         skip!("{reason}");
     }
     let host = Host::new(Auth::Anonymous);
@@ -243,7 +140,7 @@ fn a_changed_chunk_is_an_error_and_never_data() {
 
 #[test]
 fn a_registry_that_is_away_is_needed_by_nothing_but_reads() {
-    if let Some(reason) = lacking() {
+    if let Some(reason) = host::lacking() {
         skip!("{reason}");
     }
     let host = Host::with_sample();
@@ -262,7 +159,7 @@ fn a_registry_that_is_away_is_needed_by_nothing_but_reads() {
 /// What `add` refuses, with code and name, and that it leaves neither device nor mount.
 #[test]
 fn bad_input() {
-    if let Some(reason) = lacking() {
+    if let Some(reason) = host::lacking() {
         skip!("{reason}");
     }
     let host = Host::with_sample();
@@ -306,7 +203,7 @@ fn bad_input() {
 
 #[test]
 fn wrong_credentials() {
-    if let Some(reason) = lacking() {
+    if let Some(reason) = host::lacking() {
         skip!("{reason}");
     }
     let host = Host::new(Auth::Basic(Credentials::new("user", "secret")));

@@ -214,20 +214,16 @@ fn damaged_layers() {
 #[test]
 fn malformed_layers() {
     let good = archive(&[Entry::file("a", noise(1, 5000))], LongNames::Pax);
-    let cases: [(&str, Vec<u8>, &[&str]); 5] = [
-        ("leaves the root", archive(&[Entry::file("x/../../etc/passwd", "")], LongNames::Pax), &["../.."]),
-        ("cut inside a file", good[..2048].to_vec(), &[]),
-        ("no archive", b"hello, world\n".repeat(100), &[]),
-        ("a link to nothing", archive(&[Entry::hard_link("link", "no/such/target")], LongNames::Pax), &["link"]),
-        ("a file for a directory", archive(&[Entry::file("f", ""), Entry::file("f/g", "")], LongNames::Pax), &["f"]),
+    let cases: [(Vec<u8>, &[&str]); 5] = [
+        (archive(&[Entry::file("x/../../etc/passwd", "")], LongNames::Pax), &["../.."]),
+        (good[..2048].to_vec(), &["truncated"]),
+        (b"hello, world\n".repeat(100), &["checksum"]),
+        (archive(&[Entry::hard_link("link", "no/such/target")], LongNames::Pax), &["link"]),
+        (archive(&[Entry::file("f", ""), Entry::file("f/g", "")], LongNames::Pax), &["f/g"]),
     ];
-    for (what, tar, names) in cases {
+    for (tar, names) in cases {
         let fixture = Fixture::new(&[Layer { tar, compression: Compression::None }]);
         let outcome = fixture.convert(&fixture.source(), &fixture.destination());
-        println!("{what}: {}", outcome.stderr);
-        if what == "a file for a directory" && outcome.code == Some(0) {
-            continue; // The directory replaces the file, as it does when an archive is unpacked.
-        }
         outcome.refused(11, names);
         fixture.nothing_is_half_made();
     }

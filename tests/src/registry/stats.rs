@@ -33,7 +33,7 @@ pub struct Stats {
     pub duplicate_bytes: u64,
     /// The most requests that were open (body not yet sent whole) at one time.
     pub max_concurrent_requests: u64,
-    /// By digest, the blobs of which bytes were asked for.
+    /// By digest, the blobs of which bytes were asked for; manifests are not among them.
     pub blobs: BTreeMap<String, BlobStats>,
 }
 
@@ -139,10 +139,10 @@ pub(crate) struct ServedBlob {
 
 /// The outermost layer: counts what the client sees, faults included.
 pub(crate) async fn layer(State(counters): State<Arc<Counters>>, request: Request, next: Next) -> Response {
-    let open = counters.begin(kind(request.method(), request.uri().path()));
-    let is_get = request.method() == Method::GET;
+    let kind = kind(request.method(), request.uri().path());
+    let open = counters.begin(kind);
     let response = fix_length(next.run(request).await);
-    let served = response.extensions().get::<ServedBlob>().filter(|_| is_get).cloned();
+    let served = response.extensions().get::<ServedBlob>().filter(|_| kind == "blob_get").cloned();
     counters.answered(response.status().as_u16(), served.as_ref());
     let (parts, body) = response.into_parts();
     let mut position = served.as_ref().map_or(0, |served| served.range.start);

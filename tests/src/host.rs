@@ -1,0 +1,122 @@
+//! A host under test: a registry with images, a daemon's directories, and the command line.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde_json::Value;
+
+use crate::command::{Outcome, ublkimg};
+use crate::leaks;
+use crate::registry::{Auth, Config, TestRegistry};
+use crate::sample_image::SampleImage;
+use crate::skip;
+use crate::temp_root::TempRoot;
+
+/// Why devices cannot be tested here.
+pub fn lacking() -> Option<&'static str> {
+    let has_erofs = std::fs::read_to_string("/proc/filesystems").is_ok_and(|types| types.contains("\terofs\n"));
+    let has_ublk = Path::new("/dev/ublk-control").exists();
+    let has_fuse = Path::new("/dev/fuse").exists() && Path::new("/dev/loop-control").exists();
+    match () {
+        () if !skip::is_root() => Some("devices need root"),
+        () if !has_erofs => Some("this kernel has no EROFS"),
+        () if !has_ublk && !has_fuse => Some("this kernel has neither ublk nor FUSE and loop devices"),
+        () => None,
+    }
+}
+
+/// See the module. Methods panic when something does not work that should.
+pub struct Host {
+    /// All that the test makes lies below.
+    pub root: TempRoot,
+    /// Where its images come from.
+    pub registry: TestRegistry,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// One daemon at a time: the mount namespace of a server that starts while another serves a FUSE file keeps that one's
+/// mounts, so they could not be removed before it ends.
+static ALONE: Mutex<()> = Mutex::new(());
+
+impl Host {
+    /// With an empty registry.
+    pub fn new(auth: Auth) -> Self {
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let root = TempRoot::new().unwrap();
+        let registry = TestRegistry::start(Config { auth, ..Config::default() }).unwrap();
+        Self { root, registry, _alone }
+    }
+
+    /// With the sample image converted, as `sample:v1`.
+    pub fn with_sample() -> Self {
+        let host = Self::new(Auth::Anonymous);
+        SampleImage::default().write_layout(&host.root.join("source"), "v1").unwrap();
+        host.convert("source", "sample");
+        host
+    }
+
+    /// Converts the image of the layout `layout` below the root, and serves it as `repository:v1`.
+    pub fn convert(&self, layout: &str, repository: &str) {
+        let source = format!("oci:{}:v1", self.root.join(layout).display());
+        let destination = self.root.join("converted").join(repository);
+        self.ublkimg(&["convert", &source, &format!("oci:{}:v1", destination.display())]).success();
+        self.registry.load_layout(&destination, Some("v1"), repository, "v1").unwrap();
+    }
+
+    /// Runs a command with this host's directories.
+    pub fn ublkimg(&self, arguments: &[&str]) -> Outcome {
+        ublkimg(self.root.path()).args(arguments).run()
+    }
+
+    /// `ublkimg add` of `repository:v1` with more arguments.
+    pub fn add(&self, repository: &str, arguments: &[&str]) -> Outcome {
+        let reference = self.registry.reference(repository, "v1");
+        ublkimg(self.root.path()).args(["add", &reference]).args(arguments).run()
+    }
+
+    /// Adds and mounts an image; returns the mount point.
+    pub fn mounted(&self, repository: &str) -> PathBuf {
+        let dir = self.root.join(format!("mnt-{repository}"));
+        self.add(repository, &["--mount", dir.to_str().unwrap(), "--read-timeout", "5s"]).success();
+        dir
+    }
+
+    /// What `ls` lists.
+    pub fn devices(&self) -> Vec<Value> {
+        let list = self.ublkimg(&["ls", "--json"]).success();
+        serde_json::from_str::<Value>(&list.stdout).unwrap().as_array().unwrap().clone()
+    }
+
+    /// The log of the daemon.
+    pub fn log(&self) -> String {
+        let files = std::fs::read_dir(self.root.join("run")).unwrap().map(|entry| entry.unwrap().path());
+        let logs = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
+        logs.map(|path| std::fs::read_to_string(path).unwrap()).collect()
+    }
+
+    /// Removes all devices, ends the daemon, and looks for what is left.
+    pub fn end(self) {
+        for device in self.devices() {
+            self.ublkimg(&["rm", device["name"].as_str().unwrap()]).success();
+        }
+        self.ublkimg(&["daemon", "--stop"]).success();
+        assert_eq!(leaks::left_behind(self.root.path()), Vec::<String>::new());
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // No daemon may outlive its test, whatever went wrong.
+        if std::thread::panicking() && self.root.join("run").exists() {
+            let log = self.log();
+            let start = log.len().saturating_sub(4000);
+            eprintln!("the end of the daemon's log:\n{}", log.get(start..).unwrap_or(&log));
+            for device in self.devices() {
+                self.ublkimg(&["rm", "--force", device["name"].as_str().unwrap_or_default()]);
+            }
+            self.ublkimg(&["daemon", "--stop"]);
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! The daemon behind the commands: started once, stopped when nothing needs it, killed, and what refuses to go.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use serde_json::Value;
+use ublkimg_tests::host::{self, Host};
+use ublkimg_tests::leaks;
+use ublkimg_tests::registry::Auth;
+use ublkimg_tests::skip;
+use ublkimg_tests::temp_root::TempRoot;
+
+/// The processes of a host's daemon whose command line has `word`.
+fn processes(host: &Host, word: &str) -> Vec<u32> {
+    let all = leaks::processes_of(host.root.path());
+    let named = all.iter().filter(|process| process.contains(" daemon ") && process.contains(word));
+    named.map(|process| process.split(' ').next().unwrap().parse().unwrap()).collect()
+}
+
+#[test]
+fn many_adds_at_once_start_one_daemon() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let printed: BTreeSet<String> = std::thread::scope(|scope| {
+        let adds: Vec<_> = (0..8).map(|_| scope.spawn(|| host.add("sample", &[]).success().stdout)).collect();
+        adds.into_iter().map(|add| add.join().unwrap()).collect()
+    });
+    assert_eq!(printed.len(), 1, "all print the same device: {printed:?}");
+    let names: Vec<String> = (0..4).map(|number| format!("name-{number}")).collect();
+    std::thread::scope(|scope| {
+        for name in &names {
+            scope.spawn(|| host.add("sample", &["--name", name]).success());
+        }
+    });
+    assert_eq!(host.devices().len(), 5);
+    assert_eq!(processes(&host, "--server").len(), 1);
+    assert_eq!(host.registry.stats().duplicate_bytes, 0, "the metadata too is fetched once");
+    host.end();
+}
+
+#[test]
+fn nothing_to_list_and_nothing_to_stop() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::new(Auth::Anonymous);
+    assert_eq!(host.devices(), Vec::<Value>::new());
+    host.ublkimg(&["daemon", "--stop"]).success();
+    assert!(processes(&host, "").is_empty(), "listing and stopping start no daemon");
+    let report = host.ublkimg(&["doctor", "--json"]).success();
+    let report: Value = serde_json::from_str(&report.stdout).unwrap();
+    assert!(report["checks"].as_array().is_some_and(|checks| !checks.is_empty()), "{report}");
+    host.end();
+}
+
+#[test]
+fn a_device_in_use_stays() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let dir = host.mounted("sample");
+    let dir_text = dir.to_str().unwrap();
+    host.ublkimg(&["daemon", "--stop"]).refused(9, &[]);
+
+    let open = std::fs::File::open(dir.join("etc/replaced")).unwrap();
+    host.ublkimg(&["rm", dir_text]).refused(9, &[dir_text]);
+    assert_eq!(std::fs::read(dir.join("etc/added")).unwrap(), b"added\n", "a refused removal changes nothing");
+    drop(open);
+
+    let elsewhere = TempRoot::new().unwrap();
+    let scratch = elsewhere.tmpfs("scratch", 1 << 20).unwrap();
+    let [upper, work, root] = ["upper", "work", "root"].map(|name| elsewhere.dir(scratch.join(name)).unwrap());
+    let options = format!("lowerdir={dir_text},upperdir={},workdir={}", upper.display(), work.display());
+    let options = std::ffi::CString::new(options).unwrap();
+    match mount("overlay", &root, "overlay", MountFlags::empty(), Some(options.as_c_str())) {
+        Ok(()) => {
+            std::fs::write(root.join("etc/added"), "changed").unwrap();
+            let refused = host.ublkimg(&["rm", dir_text]);
+            assert_eq!(std::fs::read(root.join("etc/replaced")).unwrap(), b"new\n", "the container goes on");
+            unmount(&root, UnmountFlags::empty()).unwrap();
+            refused.refused(9, &[]);
+        }
+        Err(error) => println!("no overlayfs here: {error}"),
+    }
+    host.ublkimg(&["rm", dir_text]).success();
+    host.end();
+}
+
+#[test]
+fn force_removes_what_is_in_use() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let dir = host.mounted("sample");
+    let open = std::fs::File::open(dir.join("data/noise")).unwrap();
+    let removed = host.ublkimg(&["rm", "--force", dir.to_str().unwrap()]).success();
+    assert!(removed.elapsed < Duration::from_secs(15), "{:?}", removed.elapsed);
+    assert_eq!(host.devices(), Vec::<Value>::new());
+    let mut buffer = [0; 4096];
+    let read = std::os::unix::fs::FileExt::read_at(&open, &mut buffer, 1 << 20);
+    assert!(read.is_err(), "a reader gets an error, and does not hang: {read:?}");
+    drop(open);
+    host.end();
+}
+
+#[test]
+fn a_killed_server_comes_back() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    host.mounted("sample");
+    let [server] = processes(&host, "--server")[..] else { panic!("{:?}", leaks::processes_of(host.root.path())) };
+    assert!(Command::new("kill").args(["-9", &server.to_string()]).status().unwrap().success());
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let comes_back = || processes(&host, "--server").iter().any(|process| *process != server);
+    while !comes_back() {
+        assert!(Instant::now() < deadline, "the guard starts no server: {:?}", leaks::processes_of(host.root.path()));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    host.ublkimg(&["ls", "--json"]).success();
+    if Path::new("/dev/ublk-control").exists() {
+        let mount = host.root.join("mnt-sample");
+        assert_eq!(std::fs::read(mount.join("etc/added")).unwrap(), b"added\n", "recovered");
+        assert_eq!(host.devices().len(), 1);
+        host.end();
+        return;
+    }
+    // A FUSE file goes with its server; the mount that stood on it can be taken away, and the image added again.
+    for device in host.devices() {
+        host.ublkimg(&["rm", "--force", device["name"].as_str().unwrap()]).success();
+    }
+    for mount in leaks::mounts_below(host.root.path()).into_iter().rev() {
+        unmount(&mount, UnmountFlags::DETACH).unwrap();
+    }
+    let dir = host.mounted("sample");
+    assert_eq!(std::fs::read(dir.join("etc/added")).unwrap(), b"added\n");
+    host.end();
+}
