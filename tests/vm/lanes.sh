@@ -1,0 +1,148 @@
+#!/bin/bash
+# Runs the lanes: tests that need a ublk driver, on this host if it has one, else in guests. One line each, a count at the end.
+#   lanes.sh --bin DIR [--full] [LANE...]       docs/testing.md lists the lanes
+set -euo pipefail
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+die() { echo "lanes.sh: $*" >&2; exit 2; }
+bin='' full='' wanted=()
+while (($#)); do
+  case $1 in
+  --bin) bin=$(realpath -- "${2:?--bin needs a directory}"); shift 2 ;;
+  --full) full=1; shift ;;
+  -*) die "usage: lanes.sh --bin DIR [--full] [LANE...]" ;;
+  *) wanted+=("$1"); shift ;;
+  esac
+done
+for program in ublkimg test-registry list-tree read-latency; do
+  [[ -x $bin/$program ]] || die "no $program in ${bin:-the directory that --bin should name}"
+done
+root=$(realpath -- "$here/../..")
+target=$root/target/vm
+images=$target/images demo_images=$target/demo-images kernels=${VM_CACHE:-$target/kernels} logs=$target/logs
+rm -rf "$logs"
+mkdir -p "$logs"
+
+passed=0 failed=0 skipped=0 ublk_ran=0
+report() { # report ok|FAIL|SKIP LANE REST
+  printf '%-4s %-18s %s\n' "$@"
+  case $1 in ok) passed=$((passed + 1)) ;; FAIL) failed=$((failed + 1)) ;; SKIP) skipped=$((skipped + 1)) ;; esac
+}
+is_wanted() {
+  local name
+  ((${#wanted[@]})) || return 0
+  for name in "${wanted[@]}"; do [[ $1 != "$name" ]] || return 0; done
+  return 1
+}
+reason_in() { tail -n 1 "$1" | sed 's/^[a-z-]*\.sh: //'; }
+
+# lane NAME COMMAND... : runs it, its output in a log that is shown if it fails; 124 is a timeout, 125 a guest that did not start
+lane() {
+  local name=$1 log=$logs/$1 rc=0 began=$EPOCHREALTIME
+  shift
+  "$@" >"$log" 2>&1 </dev/null || rc=$?
+  local seconds
+  seconds=$(awk -v a="$began" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f s", b - a }')
+  if ((rc == 0)); then
+    ublk_ran=1
+    report ok "$name" "$seconds"
+  else
+    report FAIL "$name" "$seconds, exit $rc"
+    sed "s/^/  | /" "$log" | tail -n 60
+  fi
+}
+
+# What all lanes read: the sample images, converted here, because an emulated machine would take minutes for it.
+prepare_images() {
+  local tag
+  ((EUID == 0)) || { echo "needs root"; return 1; }
+  "$here/sample.sh" "$target/sample" "$bin" || return 1
+  rm -rf "$images"
+  mkdir -p "$images"
+  for tag in one two; do
+    "$bin/ublkimg" convert "oci:$target/sample/$tag:latest" "oci:$images/erofs:$tag" || return 1
+    cp "$target/sample/$tag.list" "$images/"
+  done
+}
+
+prepare_demo_image() {
+  "$root/tests/demo/build-image.sh" || return 1
+  local list=$root/target/demo/source.list
+  if [[ ! -e $list || $root/target/demo/source/index.json -nt $list ]]; then
+    "$here/reference.sh" "$root/target/demo/source" "$bin" >"$list.new" && mv "$list.new" "$list" || return 1
+  fi
+  rm -rf "$demo_images"
+  "$bin/ublkimg" convert "oci:$root/target/demo/source:latest" "oci:$demo_images/erofs:demo" || return 1
+  cp "$list" "$demo_images/demo.list"
+}
+
+# prepare WHAT LANES... : runs prepare_WHAT; if that fails the lanes are skipped
+prepare() {
+  local what=$1 name
+  shift
+  "prepare_$what" >"$logs/$what" 2>&1 </dev/null && return 0
+  for name; do ! is_wanted "$name" || report SKIP "$name:" "no $what: $(reason_in "$logs/$what")"; done
+  return 1
+}
+
+# --- a full kernel: the host's own, or User-Mode Linux
+if [[ -e /dev/ublk-control && $EUID == 0 ]]; then
+  where=host
+  run_full() { # SCRIPT SECONDS IMAGES TAG : in a mount namespace of its own
+    timeout --kill-after=10 "$2" unshare --mount --propagation private sh "$here/lanes/$1" "$bin" "${@:3}"
+  }
+else
+  where=uml
+  run_full() {
+    "$here/run-uml.sh" "$here/lanes/$1" --mem 3G --timeout "$2" -- "/mnt/host$bin" "/mnt/host$3" "$4"
+  }
+fi
+full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-corrupt" "$where-latency")
+if [[ $where == uml ]] && ! kernel=$("$here/run-uml.sh" --find-kernel 2>&1); then
+  for name in "${full_lanes[@]}" "$where-demo-image"; do
+    ! is_wanted "$name" || report SKIP "$name:" "${kernel#run-uml.sh: }"
+  done
+  full_lanes=()
+fi
+
+have_images=''
+if prepare images "${full_lanes[@]}" qemu-6.12 qemu-7.2; then have_images=1; else full_lanes=(); fi
+for name in "${full_lanes[@]}"; do
+  ! is_wanted "$name" || lane "$name" run_full "${name#"$where-"}.sh" 120 "$images" one
+done
+if ((${#full_lanes[@]})) && is_wanted "$where-demo-image" && prepare demo_image "$where-demo-image"; then
+  lane "$where-demo-image" run_full tree.sh 300 "$demo_images" demo
+fi
+
+# --- stock kernels: busybox and our static programs in an emulated machine
+run_stock() { # KERNEL SECONDS MEMORY IMAGES LANE...
+  local adds=() program
+  printf '%s\n' "${@:5}" >"$target/lanes.list"
+  for program in ublkimg test-registry list-tree read-latency; do
+    # The emulated machine has to unpack them; names of functions and lines are of no use there.
+    mkdir -p "$target/stripped"
+    strip -o "$target/stripped/$program" "$bin/$program"
+    adds+=(--add "$target/stripped/$program:/programs/$program")
+  done
+  "$here/run-qemu.sh" --kernel "$1" --cache "$kernels" --timeout "$2" --mem "$3" --init "$here/lanes/stock.sh" \
+    "${adds[@]}" --add "$target/lanes.list:/lanes.list" --add "$here/lanes:/lanes" --add "$4:/images"
+}
+prepare_kernels() {
+  command -v qemu-system-x86_64 >/dev/null || { echo "missing package qemu-system-x86"; return 1; }
+  "$here/fetch-kernels.sh" "$kernels"
+}
+if [[ -n $have_images ]] && prepare kernels qemu-6.12 qemu-7.2; then
+  for version in 6.12 7.2; do
+    # What takes time is left out: where a processor is emulated, it tells nothing.
+    ! is_wanted "qemu-$version" || lane "qemu-$version" run_stock "$version" 420 1G "$images" 'tree one' shared restart corrupt
+    if [[ -n $full ]] && is_wanted "qemu-$version-demo-image" && prepare demo_image "qemu-$version-demo-image"; then
+      lane "qemu-$version-demo-image" run_stock "$version" 1200 3G "$demo_images" 'tree demo'
+    fi
+  done
+fi
+
+if [[ ${UBLKIMG_REQUIRE_UBLK:-} == 1 && $ublk_ran == 0 ]]; then
+  echo "FAIL: no lane ran on a real ublk device, and UBLKIMG_REQUIRE_UBLK=1 asks for one"
+  failed=$((failed + 1))
+fi
+echo "$passed passed, $failed failed, $skipped skipped"
+((failed == 0))

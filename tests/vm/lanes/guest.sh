@@ -1,0 +1,94 @@
+# shellcheck shell=dash
+# Sourced by every lane script, which runs as root on a kernel with ublk: bash or busybox sh, nothing assumed but busybox.
+# usage of a lane: NAME.sh BIN-DIR IMAGES-DIR [MORE]; IMAGES-DIR/erofs is a layout with ublkimg images, IMAGES-DIR/TAG.list their trees.
+set -eu
+BIN=$1 IMAGES=$2
+WORK=$(mktemp -d)
+REG=
+
+say() { echo "$(basename "$0"): $*"; }
+fail() {
+  say "FAILED: $*"
+  for log in "$WORK"/run/*.log; do [ ! -e "$log" ] || { echo "--- $log"; tail -n 40 "$log"; }; done
+  exit 1
+}
+
+ublkimg() { "$BIN/ublkimg" --root "$WORK/store" --run-dir "$WORK/run" "$@"; }
+
+# registry TAG... : starts the test registry with these images of the layout; $REG is its address, images are $REG/sample:TAG
+registry() {
+  loads=
+  for tag; do loads="$loads --load sample:$tag=$IMAGES/erofs:$tag"; done
+  mkdir -p "$WORK/registry"
+  # shellcheck disable=SC2086 # words on purpose
+  "$BIN/test-registry" $loads >"$WORK/registry/out" &
+  registry_pid=$!
+  for _ in $(seq 100); do
+    REG=$(sed -n 's#^listening on http://##p' "$WORK/registry/out")
+    [ -z "$REG" ] || return 0
+    sleep 0.1
+  done
+  fail "the test registry does not start"
+}
+
+# control PATH [BODY] : what a test asks of the registry beside images
+control() {
+  if [ $# -gt 1 ]; then
+    busybox wget -q -O - --post-data "$2" "http://$REG$1"
+  else
+    busybox wget -q -O - "http://$REG$1"
+  fi
+}
+
+faults() { control /_faults "$1" || fail "the registry refused $1"; }
+
+# stat_of NAME : a counter of the registry
+stat_of() { control /_stats | sed -n "s/^  \"$1\": \([0-9]*\).*/\1/p"; }
+
+# manifest_of TAG : the image's manifest, which the tag's index names
+manifest_of() {
+  control "/v2/sample/manifests/$(control "/v2/sample/manifests/$1" | sed -n 's/.*"digest":"\(sha256:[0-9a-f]*\)".*/\1/p')"
+}
+
+# attach TAG : adds and mounts $REG/sample:TAG as TAG at $WORK/TAG; sets $DEV
+attach() {
+  line=$(ublkimg add "$REG/sample:$1" --name "$1" --mount "$WORK/$1" --transport ublk) || fail "add $1 ended with $?"
+  DEV=${line%% *}
+  [ "$line" = "$DEV $WORK/$1" ] || fail "add printed '$line'"
+  case $DEV in /dev/ublkb*) ;; *) fail "$DEV is not a ublk device" ;; esac
+  [ -b "$DEV" ] || fail "$DEV is no block device"
+}
+
+# same_tree DIR TAG : the whole tree below DIR is the image's
+same_tree() {
+  "$BIN/list-tree" "$1" >"$WORK/listed" || fail "the tree of $2 cannot be read"
+  cmp -s "$WORK/listed" "$IMAGES/$2.list" || {
+    diff "$IMAGES/$2.list" "$WORK/listed" | head -n 20
+    fail "the tree of $2 differs"
+  }
+}
+
+# The device numbers that are there before anything is added belong to others.
+devices() { for node in /dev/ublkb* /dev/ublkc*; do [ ! -e "$node" ] || echo "$node"; done; }
+loops() { for file in /sys/block/loop*/loop/backing_file; do [ ! -e "$file" ] || cat "$file"; done; }
+# command_of PID : its command line; nothing if it is gone
+command_of() { cat "/proc/$1/cmdline" 2>/dev/null | tr '\0' ' ' || true; }
+# daemons : process ids of the guard and the server of this lane
+daemons() {
+  for dir in /proc/[0-9]*; do
+    case $(command_of "${dir#/proc/}") in *"$WORK/run"*" daemon "*) echo "${dir#/proc/}" ;; esac
+  done
+}
+devices_before=$(devices)
+loops_before=$(loops)
+
+# finish : after everything was removed: nothing is left of it in the kernel, in mounts or as a process
+finish() {
+  [ "$(devices)" = "$devices_before" ] || fail "devices are left: $(devices | tr '\n' ' ')"
+  [ "$(loops)" = "$loops_before" ] || fail "loop devices are left: $(loops)"
+  ! grep -F " $WORK/" /proc/mounts | grep erofs || fail "mounts are left"
+  ublkimg daemon --stop || fail "daemon --stop ended with $?"
+  [ -z "$(daemons)" ] || fail "processes are left: $(daemons | tr '\n' ' ')"
+  kill "$registry_pid"
+  rm -rf "$WORK"
+}

@@ -1,0 +1,34 @@
+#!/bin/sh
+# The daemon is killed with -9 during a read, and started again: the reader waits, and ends without an error.
+. "$(dirname "$0")/guest.sh"
+registry one
+attach one
+faults '{"slow": {"path": "*/blobs/*", "toxic": {"latency": {"latency_ms": 200}}}}'
+"$BIN/list-tree" "$WORK/one" >"$WORK/listed" &
+reader=$!
+sleep 1
+kill -0 $reader 2>/dev/null || fail "the reader was done before the kill: the registry is too quick for this test"
+# the guard too, or it would bring the server back at once
+pids=$(daemons)
+[ -n "$pids" ] || fail "no daemon is running"
+# shellcheck disable=SC2086 # one word each
+kill -9 $pids
+sleep 1
+kill -0 $reader 2>/dev/null || {
+  wait $reader || fail "the reader ended with $? while there was no daemon"
+  fail "the reader was done before the daemon was killed"
+}
+[ -b "$DEV" ] || fail "$DEV went with the daemon"
+faults '{"slow": null}'
+ublkimg daemon >"$WORK/daemon.out" 2>&1 </dev/null &
+wait $reader || { cat "$WORK/daemon.out"; fail "the reader ended with $?"; }
+cmp -s "$WORK/listed" "$IMAGES/one.list" || fail "the tree differs"
+
+# once more, the server alone: the guard brings it back without being asked
+echo 3 >/proc/sys/vm/drop_caches
+for pid in $(daemons); do
+  ! command_of "$pid" | grep -q -- --server || kill -9 "$pid"
+done
+same_tree "$WORK/one" one
+ublkimg rm one || fail "rm ended with $?"
+finish
