@@ -14,6 +14,8 @@ pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
             Some(error.kind().exit_code())
         } else if let Some(error) = cause.downcast_ref::<ublkimg_convert::Error>() {
             Some(of_convert(error.kind()))
+        } else if let Some(error) = cause.downcast_ref::<ublkimg_image::Error>() {
+            Some(of_image(error.kind()))
         } else {
             cause.downcast_ref::<ublkimg_registry::Error>().map(|error| of_registry(error.kind()))
         }
@@ -47,6 +49,14 @@ fn of_registry(kind: ublkimg_registry::ErrorKind) -> u8 {
         Registry::Invalid => ErrorKind::Invalid.exit_code(),
         Registry::Io => ErrorKind::Io.exit_code(),
         _ => ErrorKind::Internal.exit_code(),
+    }
+}
+
+/// Only `inspect` meets these: what it looks at is not what the manifest says it is.
+fn of_image(kind: ublkimg_image::ErrorKind) -> u8 {
+    match kind {
+        ublkimg_image::ErrorKind::Unsupported => ErrorKind::NotOurs.exit_code(),
+        _ => ErrorKind::Corrupt.exit_code(),
     }
 }
 

@@ -9,6 +9,7 @@
 
 use std::io::Read as _;
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -35,6 +36,9 @@ use crate::store::{BlobFile, Store};
 
 /// Longest metadata image, in bytes, while it is decoded in memory: three to ten million files.
 const METADATA_RAW_BYTES_MAX: u64 = 1 << 30;
+
+/// Bytes of a stored metadata image that are compared at a time.
+const COMPARE_BYTES: usize = 1 << 20;
 
 /// How an image is attached.
 #[derive(Debug, Clone)]
@@ -88,13 +92,16 @@ pub async fn attach(
         let (manifest_digest, manifest) = attaching.manifest(&options.platform).await?;
         let manifest = parse(manifest_digest, &manifest)?;
         let blob = attaching.metadata_blob(&manifest).await?;
-        attaching.load(manifest_digest, manifest, blob).await
+        Ok((manifest_digest, attaching.prepare(&manifest, blob).await?, manifest))
     };
     let timed_out = || {
         let seconds = options.attach_deadline.as_secs();
         Error::new(ErrorKind::TimedOut, format!("attach {location}: not done after {seconds} s"))
     };
-    tokio::time::timeout(options.attach_deadline, attached).await.map_err(|_| timed_out())?
+    let attached = tokio::time::timeout(options.attach_deadline, attached).await;
+    let (manifest_digest, prepared, manifest) = attached.map_err(|_| timed_out())??;
+    // Not under the deadline: an image that is registered while nobody waits any more would stay for ever.
+    attaching.register(manifest_digest, prepared, manifest).await
 }
 
 /// Attaches an image that was attached before, without the registry; `location` is where its chunks are fetched from,
@@ -115,7 +122,8 @@ pub async fn reopen(
     let manifest = parse(manifest_digest, &manifest)?;
     let digest = manifest.metadata.digest;
     let blob = attaching.stored(digest).await?.ok_or_else(|| not_here(digest))?;
-    attaching.load(manifest_digest, manifest, blob).await
+    let prepared = attaching.prepare(&manifest, blob).await?;
+    attaching.register(manifest_digest, prepared, manifest).await
 }
 
 /// What attaching one image works with.
@@ -200,15 +208,18 @@ impl<'a> Attaching<'a> {
         Ok(blob)
     }
 
-    async fn load(&self, manifest_digest: Digest, manifest: ErofsManifest, blob: Bytes) -> Result<LoadedImage> {
+    async fn prepare(&self, manifest: &ErofsManifest, blob: Bytes) -> Result<Prepared> {
         let (store, of_blocking) = (Arc::clone(self.store), manifest.clone());
-        let prepared = blocking(move || Prepared::new(&store, &of_blocking, &blob)).await?;
-        let image = self.register(prepared, &manifest).await?;
-        Ok(LoadedImage { image: Arc::new(image), manifest_digest, manifest })
+        blocking(move || Prepared::new(&store, &of_blocking, &blob)).await
     }
 
     /// Makes the blobs known to the engine.
-    async fn register(&self, prepared: Prepared, manifest: &ErofsManifest) -> Result<ServedImage> {
+    async fn register(
+        &self,
+        manifest_digest: Digest,
+        prepared: Prepared,
+        manifest: ErofsManifest,
+    ) -> Result<LoadedImage> {
         let (attached, receiver) = watch::channel(());
         let source = |layer: &LayerRef, index: &Arc<ChunkIndex>| Source {
             repository: self.repository.clone(),
@@ -227,8 +238,9 @@ impl<'a> Attaching<'a> {
         let attachment = Attachment { engine: self.engine.handle().clone(), image: keys.image };
         let blobs = prepared.blobs.into_iter().zip(keys.blobs);
         let blobs = blobs.map(|(blob, key)| ServedBlob::new(key, blob.file, blob.index)).collect();
-        let metadata = Arc::new(prepared.metadata);
-        ServedImage::new(metadata, prepared.metadata_blocks, blobs, Arc::clone(&self.counters), Some(attachment))
+        let (metadata, counters) = (Arc::new(prepared.metadata), Arc::clone(&self.counters));
+        let image = ServedImage::new(metadata, prepared.metadata_blocks, blobs, counters, Some(attachment))?;
+        Ok(LoadedImage { image: Arc::new(image), manifest_digest, manifest })
     }
 
     async fn stored(&self, digest: Digest) -> Result<Option<Bytes>> {
@@ -345,17 +357,30 @@ fn decode_metadata(frames: &[u8]) -> std::io::Result<Vec<u8>> {
     Ok(metadata)
 }
 
-/// The metadata image as a file: what is there already, or `image` written now.
+/// The metadata image as a file: what is there already, if it is `image` byte for byte, or `image` written now. The
+/// file's name vouches for the blob that it was made from, not for what lies in it.
 fn open_metadata(store: &Store, blob: Sha256, image: &[u8]) -> Result<std::fs::File> {
-    let len_of = |file: &std::fs::File| file.metadata().map(|metadata| metadata.len()).ok();
     if let Some(file) = store.metadata(blob)?
-        && len_of(&file) == Some(image.len() as u64)
+        && holds(&file, image)
     {
         return Ok(file);
     }
     store.put_metadata(blob, image)?;
     let gone = || Error::new(ErrorKind::Internal, format!("metadata image {blob} vanished from the store"));
     store.metadata(blob)?.ok_or_else(gone)
+}
+
+fn holds(file: &std::fs::File, image: &[u8]) -> bool {
+    let mut part = vec![0; COMPARE_BYTES];
+    let same_len = file.metadata().is_ok_and(|metadata| metadata.len() == image.len() as u64);
+    let mut offset_bytes = 0;
+    same_len
+        && image.chunks(COMPARE_BYTES).all(|expected| {
+            let part = &mut part[..expected.len()];
+            let read = file.read_exact_at(part, offset_bytes);
+            offset_bytes += expected.len() as u64;
+            read.is_ok() && part == expected
+        })
 }
 
 fn part(bytes: &[u8], range: Range<u64>) -> Option<&[u8]> {

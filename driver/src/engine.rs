@@ -295,6 +295,10 @@ impl EngineThread {
     fn step(&mut self, event: Event<'_>) {
         let mut actions = std::mem::take(&mut self.actions);
         self.scheduler.step(event, self.start.elapsed(), &mut actions);
+        self.carry_out(actions);
+    }
+
+    fn carry_out(&mut self, mut actions: Vec<Action>) {
         // Carrying out an action may add more.
         let mut done = 0;
         while let Some(action) = actions.get(done).copied() {
@@ -350,13 +354,12 @@ impl EngineThread {
         match completion.outcome {
             Outcome::Stored => self.step(Event::Fetched { chunk }),
             Outcome::Failed(errno) => self.step(Event::Failed { chunk, errno }),
-            // Another image may have come for the blob since the fetch began.
-            Outcome::Abandoned if self.blobs.contains_key(&chunk.blob) => {
+            // Another image may have come for the blob since the fetch began; otherwise this fails.
+            Outcome::Abandoned => {
                 let mut actions = Vec::new();
                 self.fetch(chunk, Class::Demand, self.start.elapsed(), &mut actions);
-                debug_assert!(actions.is_empty(), "an abandoned chunk is not in the store");
+                self.carry_out(actions);
             }
-            Outcome::Abandoned => self.step(Event::Failed { chunk, errno: libc::EIO }),
         }
     }
 

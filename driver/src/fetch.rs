@@ -3,8 +3,9 @@
 //! A task asks the registry for exactly the bytes of the stored frame, and hands them to the decoders ([`crate::decode`]),
 //! which verify, decode and store them and tell the engine. Trouble with the network is waited out here, until the read
 //! deadline of the image that the bytes are fetched for; the registry crate retries each request on its own for a
-//! shorter time, so an outage shows here as one slow failure after another. What the registry answers for certain (not
-//! found, not allowed, not these bytes) is tried with the next image that has the same blob, and is an error then.
+//! shorter time, so an outage shows here as one slow failure after another. Images that have the same blob take turns: an
+//! outage of one registry does not hold up a chunk that another one has. A source that answers for certain (not found,
+//! not allowed, not these bytes) is not asked again; when none is left, that is an error.
 //!
 //! Nothing here is queued without a bound: the scheduler asks for at most [`FETCHES_MAX`] chunks at a time, each of which
 //! ends in exactly one [`Completion`], so neither the decoders' queues nor the channel of completions can be full.
@@ -158,50 +159,57 @@ impl Spawner {
     }
 }
 
+/// The stored bytes of a chunk, unverified, and who had them, or how it ended.
 async fn download_from_any(
     sources: &[Arc<Source>],
     chunk: u32,
     since: Instant,
 ) -> Result<(Bytes, Arc<Source>), Outcome> {
     let mut outcome = Outcome::Abandoned;
-    for source in sources {
-        match download(source, chunk, since + source.read_deadline).await {
-            Ok(stored) => return Ok((stored, Arc::clone(source))),
-            Err(Outcome::Abandoned) => {}
-            Err(failed) => outcome = failed,
-        }
-    }
-    Err(outcome)
-}
-
-/// The stored bytes of a chunk, unverified, or how it ended.
-async fn download(source: &Source, chunk: u32, deadline: Instant) -> Result<Bytes, Outcome> {
-    let range = source.index.chunk(chunk).stored;
     let mut pause = PAUSE_MIN;
+    let mut sources: Vec<_> = sources.to_vec();
     loop {
-        source.counters.registry_requests.fetch_add(1, Ordering::Relaxed);
-        let attempt = timeout_at(deadline, source.repository.blob_range(&source.blob, range.clone()));
-        let attempt = tokio::select! {
-            attempt = attempt => attempt,
-            () = removal(source) => return Err(Outcome::Abandoned),
-        };
-        let error = match attempt {
-            Ok(Ok(stored)) => return Ok(stored),
-            Ok(Err(error)) => Some(error),
-            Err(_) => None,
-        };
-        let waits = error.as_ref().is_none_or(|error| error.kind() == RegistryErrorKind::Unavailable);
-        if !waits || Instant::now() + pause >= deadline {
-            let cause = error.map_or_else(|| "the read deadline passed".to_owned(), |error| error.to_string());
-            tracing::error!("fetch: blob {} chunk {chunk}: {cause}", source.blob);
-            return Err(Outcome::Failed(libc::EIO));
+        let mut unavailable = Vec::new();
+        for source in sources {
+            match download(&source, chunk, since + source.read_deadline, pause).await {
+                Ok(stored) => return Ok((stored, source)),
+                Err(None) => unavailable.push(source),
+                Err(Some(Outcome::Abandoned)) => {}
+                Err(Some(failed)) => outcome = failed,
+            }
         }
+        let Some(first) = unavailable.first() else { return Err(outcome) };
         tokio::select! {
             () = sleep(pause) => {}
-            () = removal(source) => return Err(Outcome::Abandoned),
+            () = removal(first) => {}
         }
+        sources = unavailable;
         pause = (pause * 2).min(PAUSE_MAX);
     }
+}
+
+/// Asks one source once: the stored bytes of a chunk, unverified; or how it ended; or `None` when it is worth asking
+/// again after `pause`.
+async fn download(source: &Source, chunk: u32, deadline: Instant, pause: Duration) -> Result<Bytes, Option<Outcome>> {
+    let range = source.index.chunk(chunk).stored;
+    source.counters.registry_requests.fetch_add(1, Ordering::Relaxed);
+    let attempt = timeout_at(deadline, source.repository.blob_range(&source.blob, range));
+    let attempt = tokio::select! {
+        attempt = attempt => attempt,
+        () = removal(source) => return Err(Some(Outcome::Abandoned)),
+    };
+    let error = match attempt {
+        Ok(Ok(stored)) => return Ok(stored),
+        Ok(Err(error)) => Some(error),
+        Err(_) => None,
+    };
+    let waits = error.as_ref().is_none_or(|error| error.kind() == RegistryErrorKind::Unavailable);
+    if waits && Instant::now() + pause < deadline {
+        return Err(None);
+    }
+    let cause = error.map_or_else(|| "the read deadline passed".to_owned(), |error| error.to_string());
+    tracing::error!("fetch: blob {} chunk {chunk}: {cause}", source.blob);
+    Err(Some(Outcome::Failed(libc::EIO)))
 }
 
 /// Returns when the image of a source was removed.

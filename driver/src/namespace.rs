@@ -1,10 +1,11 @@
-//! The server's own mount namespace, in which no ublk device is mounted.
+//! The server's own mount namespace, in which no image is mounted.
 //!
 //! When the last process of a mount namespace ends, it unmounts everything in it, and unmounting a file system may read
 //! its device. A ublk server that is that process and has such a mount would wait for itself: an unkillable hang. So the
 //! server moves to a namespace of its own, lets mounts neither in nor out, and takes out of it every mount of a ublk
 //! device, whoever made it: another server may be dead as well. An overlay keeps the mounts of its layers alive, unseen; so
-//! overlays go too, except those that the server itself stands on.
+//! overlays go too, except those that the server itself stands on. So does every other EROFS: an image of the FUSE
+//! transport lies on a loop device, which a copy of the mount here would keep after its users have unmounted it.
 
 #![expect(unsafe_code, reason = "unshare")]
 
@@ -48,7 +49,7 @@ fn detach_all(keep: &[&Path]) -> Result<Vec<PathBuf>> {
         let devices = ublk_devices();
         let Some(mut doomed) = mounts
             .iter()
-            .find(|mount| devices.contains(&mount.device) || (mount.fs_type == "overlay" && !kept.contains(&mount.id)))
+            .find(|mount| devices.contains(&mount.device) || (holds_images(mount) && !kept.contains(&mount.id)))
         else {
             return Ok(detached);
         };
@@ -111,6 +112,11 @@ fn mounts_under(mounts: &[Mount], keep: &[&Path]) -> Result<Vec<u32>> {
         }
     }
     Ok(kept)
+}
+
+/// Whether it may be an image, or keep one busy.
+fn holds_images(mount: &Mount) -> bool {
+    matches!(mount.fs_type.as_str(), "overlay" | "erofs")
 }
 
 /// Numbers of all ublk block devices and their partitions.

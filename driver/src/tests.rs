@@ -265,6 +265,35 @@ fn another_image_takes_over_when_the_first_is_removed() {
 }
 
 #[test]
+fn an_outage_of_one_registry_does_not_hold_up_another() {
+    let mut rig = Rig::new();
+    rig.options.attach_deadline = Duration::from_secs(1);
+    rig.options.read_deadline = Duration::from_secs(6);
+    let image = two_layers();
+    let location = rig.push(&image, "v1");
+    let digest = rig.attach(&location).unwrap().manifest_digest;
+    let unreachable = rig.reopen(&nobody(), digest).unwrap();
+    let reachable = rig.attach(&location).unwrap();
+    let (start, len) = (device_blocks(&image) / 2, 4);
+    assert!(read(&reachable.image, start, len).unwrap() == blocks(&image, start as usize, len as usize));
+    drop(unreachable);
+}
+
+#[test]
+fn a_metadata_image_that_was_changed_in_the_store_is_not_served() {
+    let rig = Rig::new();
+    let image = two_layers();
+    let location = rig.push(&image, "v1");
+    drop(rig.attach(&location).unwrap());
+    let file = fs::read_dir(rig.root.path().join("metadata")).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[2000] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    let loaded = rig.attach(&location).unwrap();
+    assert!(read(&loaded.image, 0, 1).unwrap() == blocks(&image, 0, 1));
+}
+
+#[test]
 fn what_contradicts_itself_is_refused() {
     type Spoil = fn(&mut Image);
     let spoil: [(&str, Spoil); 6] = [

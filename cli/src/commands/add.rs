@@ -34,11 +34,10 @@ struct Added<'a> {
 pub(super) fn run(global: &Global, command: &Add) -> anyhow::Result<()> {
     let deadline = Instant::now() + command.timeout;
     let directories = super::directories(global)?;
-    let mount = command.mount.as_deref().map(super::absolute).transpose()?;
     let request = Request::Add(add_request(command)?);
-    let daemon_command = daemon::background(global, &directories)?;
-    let answer =
-        client::ask_or_start(&directories, || daemon_command, &request, command.timeout + client::ANSWER_MARGIN)?;
+    let executable = std::env::current_exe()?;
+    let daemon = || daemon::background(&executable, global, &directories);
+    let answer = client::ask_or_start(&directories, daemon, &request, command.timeout + client::ANSWER_MARGIN)?;
     let Answer::Added { device, created } = answer else { return Err(super::unexpected(&answer)) };
     if matches!(command.transport, TransportArgument::Auto) && device.transport == Transport::Fuse {
         eprintln!(
@@ -46,16 +45,17 @@ pub(super) fn run(global: &Global, command: &Add) -> anyhow::Result<()> {
         );
     }
     let remaining = deadline.saturating_duration_since(Instant::now()).max(MOUNT_MIN_TIMEOUT);
-    if let Some(directory) = &mount
-        && let Err(error) = mount_at(&directories, &device, directory, remaining)
-    {
-        if created {
-            let _ =
-                client::ask(&directories, &Request::Remove { name: device.name, force: true }, client::ANSWER_MARGIN);
+    let mount = command.mount.as_deref().map(|directory| mount_at(&directories, &device, directory, remaining));
+    match mount.transpose() {
+        Ok(mount) => print(command.json, &device, mount.as_deref()),
+        Err(error) => {
+            if created {
+                let remove = Request::Remove { name: device.name, force: true };
+                let _ = client::ask(&directories, &remove, client::ANSWER_MARGIN);
+            }
+            Err(error)
         }
-        return Err(error);
     }
-    print(command.json, &device, mount.as_deref())
 }
 
 fn add_request(command: &Add) -> anyhow::Result<AddRequest> {
@@ -78,29 +78,41 @@ fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Mounts the device, unless it is mounted there already.
+/// Mounts the device, unless it is mounted there already; gives the mount point as the mount table has it.
 fn mount_at(
     directories: &Directories,
     device: &DeviceStatus,
     directory: &Path,
     timeout: Duration,
-) -> anyhow::Result<()> {
-    if let Some(mounted) = super::mounted_device(directory)? {
-        if mounted == mounts::device_number(&device.device)? {
-            return Ok(());
-        }
-        let text = format!("{} is a mount point already: unmount it or choose another", directory.display());
-        return Err(Error::new(ErrorKind::Busy, text).into());
-    }
+) -> anyhow::Result<PathBuf> {
     let made = make_directory(directory)?;
-    if let Err(error) = mount_helper::mount(&device.device, directory, timeout) {
-        if made {
-            let _ = std::fs::remove_dir(directory);
+    let directory = super::resolved(directory)?;
+    let mounted = mount_once(directories, device, &directory, timeout);
+    if mounted.is_err() && made {
+        let _ = std::fs::remove_dir(&directory);
+    }
+    mounted.map(|()| directory)
+}
+
+fn mount_once(
+    directories: &Directories,
+    device: &DeviceStatus,
+    directory: &Path,
+    timeout: Duration,
+) -> anyhow::Result<()> {
+    match super::mounted_device(directory)? {
+        Some(mounted) if mounted == mounts::device_number(&device.device)? => return Ok(()),
+        Some(_) => {
+            let text = format!("{} is a mount point already: unmount it or choose another", directory.display());
+            return Err(Error::new(ErrorKind::Busy, text).into());
         }
-        return Err(error);
+        None => mount_helper::mount(&device.device, directory, timeout)?,
     }
     let request = Request::Mounted { name: device.name.clone(), directory: PathBuf::from(directory) };
-    client::ask(directories, &request, client::ANSWER_MARGIN)?;
+    if let Err(error) = client::ask(directories, &request, client::ANSWER_MARGIN) {
+        let _ = mount_helper::unmount(directory, true, timeout);
+        return Err(error.into());
+    }
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! `ublkimg daemon`: the guard with its server, or one of them alone; and how other commands start it.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -53,11 +54,11 @@ fn stop(directories: &Directories, keep_devices: bool) -> anyhow::Result<()> {
 }
 
 /// The command by which other commands start a daemon.
-pub(super) fn background(global: &Global, directories: &Directories) -> anyhow::Result<Command> {
-    let mut command = Command::new(std::env::current_exe()?);
+pub(super) fn background(executable: &Path, global: &Global, directories: &Directories) -> Command {
+    let mut command = Command::new(executable);
     pass_global(&mut command, directories, &global.log);
     command.args(["daemon", "--background"]);
-    Ok(command)
+    command
 }
 
 fn pass_global(command: &mut Command, directories: &Directories, log: &str) {

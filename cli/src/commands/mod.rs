@@ -48,6 +48,11 @@ fn absolute(path: &Path) -> anyhow::Result<std::path::PathBuf> {
         .map_err(|error| Error::caused(ErrorKind::Invalid, format!("{} is no path", path.display()), error).into())
 }
 
+/// The path as the kernel's mount table has it: absolute, without links, if it is there.
+fn resolved(path: &Path) -> anyhow::Result<std::path::PathBuf> {
+    path.canonicalize().or_else(|_| absolute(path))
+}
+
 fn client_options(options: &RegistryOptions) -> ClientOptions {
     ClientOptions { plain_http: options.plain_http, auth_file: options.auth_file.clone(), ..ClientOptions::default() }
 }
@@ -65,7 +70,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
 }
 
-/// The device that is mounted at `directory` in this mount namespace, the topmost one.
+/// The device that is mounted at `directory`, a path of [`resolved`], in this mount namespace; the topmost one.
 fn mounted_device(directory: &Path) -> anyhow::Result<Option<mounts::DeviceNumber>> {
     let mounts = mounts::list()?;
     Ok(mounts.iter().rev().find(|mount| mount.mount_point == directory).map(|mount| mount.device))

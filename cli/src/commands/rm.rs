@@ -31,8 +31,9 @@ pub(super) fn run(global: &Global, command: &Rm) -> anyhow::Result<()> {
 fn start_daemon_for_records(global: &Global, directories: &Directories) -> anyhow::Result<()> {
     let records = ublkimg_driver::daemon::state::Records::new(directories.devices()).read_all()?;
     if !records.is_empty() {
-        let command = daemon::background(global, directories)?;
-        client::ask_or_start(directories, || command, &Request::Ping, client::ANSWER_MARGIN)?;
+        let executable = std::env::current_exe()?;
+        let daemon = || daemon::background(&executable, global, directories);
+        client::ask_or_start(directories, daemon, &Request::Ping, client::ANSWER_MARGIN)?;
     }
     Ok(())
 }
@@ -46,6 +47,11 @@ fn unmount(device: &DeviceStatus, force: bool) -> anyhow::Result<()> {
     }
     // Stacked mounts come off last one first.
     for mount in own.iter().rev() {
+        if super::mounted_device(&mount.mount_point)? != Some(number) {
+            let (name, place) = (&device.name, mount.mount_point.display());
+            let text = format!("{name} is mounted at {place}, below another mount there: unmount that first");
+            return Err(Error::new(ErrorKind::Busy, text).into());
+        }
         mount_helper::unmount(&mount.mount_point, force, UNMOUNT_TIMEOUT)?;
     }
     Ok(())

@@ -40,20 +40,20 @@ pub(super) fn run(global: &Global, command: &Status) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The device that `target` names: by its name, its path, or a mount point of it in this mount namespace.
+/// The device that `target` names: by its name, its path, or a mount point of it. What is mounted there now, in this mount
+/// namespace, counts before what was mounted there once.
 pub(super) fn find(directories: &Directories, target: &str) -> anyhow::Result<DeviceStatus> {
     let devices = ls::list(directories)?.unwrap_or_default();
-    let mut found = devices.iter().position(|device| device.name == target);
-    if found.is_none() && target.contains('/') {
-        let path = super::absolute(std::path::Path::new(target))?;
-        found = devices.iter().position(|device| device.device == path || device.mounts.contains(&path));
-        if found.is_none()
-            && let Some(number) = super::mounted_device(&path)?
-        {
-            let is_it = |device: &DeviceStatus| mounts::device_number(&device.device).is_ok_and(|own| own == number);
-            found = devices.iter().position(is_it);
-        }
-    }
+    let path = super::resolved(std::path::Path::new(target))?;
+    let by_name = || devices.iter().position(|device| device.name == target);
+    let by_path = || devices.iter().position(|device| device.device == path);
+    let recorded = || devices.iter().position(|device| device.mounts.contains(&path));
+    let mounted = super::mounted_device(&path)?;
+    let by_mount = || {
+        let number = mounted?;
+        devices.iter().position(|device| mounts::device_number(&device.device).is_ok_and(|own| own == number))
+    };
+    let found = by_name().or_else(by_path).or_else(by_mount).or_else(recorded);
     found.and_then(|index| devices.into_iter().nth(index)).ok_or_else(|| {
         Error::new(ErrorKind::NotFound, format!("no device {target}: `ublkimg ls` lists those there are")).into()
     })

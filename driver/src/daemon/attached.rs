@@ -1,5 +1,6 @@
 //! One device that the server holds.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
@@ -33,23 +34,19 @@ impl Attached {
             stored_bytes: self.image.stored_bytes().0,
         }
     }
+}
 
-    /// Whether nobody holds the device: a mounted file system opens its device exclusively, also when its mount points
-    /// are gone and only an overlay on top of it keeps it alive.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Busy`].
-    pub(super) fn check_unused(&self) -> Result<()> {
-        match rustix::fs::open(self.device.path(), OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC, Mode::empty()) {
-            Err(Errno::BUSY) => Err(Error::new(
-                ErrorKind::Busy,
-                format!(
-                    "{} ({}) is still in use, perhaps by an overlay on top of it: unmount that, or use --force",
-                    self.record.name,
-                    self.device.path().display()
-                ),
-            )),
-            _ => Ok(()),
+/// Whether nobody holds the device: a mounted file system opens its device exclusively, also when its mount points are
+/// gone and only an overlay on top of it keeps it alive. Opening may wait for the device.
+///
+/// # Errors
+/// [`ErrorKind::Busy`].
+pub(super) fn check_unused(name: &str, device: &Path) -> Result<()> {
+    match rustix::fs::open(device, OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC, Mode::empty()) {
+        Err(Errno::BUSY) => {
+            let text = "is still in use, perhaps by an overlay on top of it: unmount that, or use --force";
+            Err(Error::new(ErrorKind::Busy, format!("{name} ({}) {text}", device.display())))
         }
+        _ => Ok(()),
     }
 }

@@ -1,13 +1,14 @@
 //! The commands' end of the socket: ask the server, and start a daemon when there is none.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::Directories;
 use super::protocol::{ANSWER_MAX_BYTES, Answer, Request};
+use super::{Directories, guard};
 use crate::error::{Error, ErrorKind, Result};
 
 /// A daemon that is started must answer within this time: taking back devices takes milliseconds each.
@@ -16,8 +17,11 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often a daemon that is starting is asked whether it is there.
 const START_POLL: Duration = Duration::from_millis(20);
 
-/// What the end of a log may add to an error message.
-const LOG_TAIL_BYTES: usize = 400;
+/// What is read of a log to find out why a daemon ended.
+const LOG_READ_BYTES_MAX: u64 = 64 << 10;
+
+/// What a line of a log may add to an error message.
+const LOG_LINE_CHARS_MAX: usize = 400;
 
 /// Time for the server to answer beyond what the request itself may take.
 pub const ANSWER_MARGIN: Duration = Duration::from_secs(45);
@@ -72,20 +76,20 @@ fn exchange(mut stream: UnixStream, request: &Request, timeout: Duration) -> std
 /// As [`ask`]; and [`ErrorKind::Internal`] with the end of the log if the daemon does not come up.
 pub fn ask_or_start(
     directories: &Directories,
-    daemon_command: impl FnOnce() -> Command,
+    daemon_command: impl FnMut() -> Command,
     request: &Request,
     timeout: Duration,
 ) -> Result<Answer> {
     if let Some(answer) = ask(directories, request, timeout)? {
         return Ok(answer);
     }
-    start(directories, daemon_command())?;
+    start(directories, daemon_command)?;
     ask(directories, request, timeout)?.ok_or_else(|| {
         Error::new(ErrorKind::Internal, format!("the daemon ended at once; see {}", directories.log().display()))
     })
 }
 
-fn start(directories: &Directories, mut command: Command) -> Result<()> {
+fn start(directories: &Directories, mut command: impl FnMut() -> Command) -> Result<()> {
     let log_path = directories.log();
     directories.create().map_err(|(path, error)| Error::io(format!("cannot create {}", path.display()), error))?;
     let log = std::fs::OpenOptions::new()
@@ -94,47 +98,47 @@ fn start(directories: &Directories, mut command: Command) -> Result<()> {
         .open(&log_path)
         .map_err(|error| Error::io(format!("cannot write {}", log_path.display()), error))?;
     let log_start = log.metadata().map_or(0, |metadata| metadata.len());
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        .spawn()
-        .map_err(|error| Error::io("cannot start the daemon".to_owned(), error))?;
-    wait_until_it_answers(directories, &mut child, log_start)
-}
-
-fn wait_until_it_answers(directories: &Directories, child: &mut Child, log_start: u64) -> Result<()> {
+    let mut spawn = || {
+        let log = log.try_clone()?;
+        command().stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()
+    };
+    let cannot = |error| Error::io("cannot start the daemon".to_owned(), error);
+    let mut child = spawn().map_err(cannot)?;
     let deadline = Instant::now() + START_TIMEOUT;
     loop {
         if matches!(ask(directories, &Request::Ping, START_TIMEOUT), Ok(Some(_))) {
             return Ok(());
         }
-        let ended = child.try_wait().ok().flatten();
-        // A guard that ends well found another one at work: its server is on the way up.
-        if let Some(status) = ended.filter(|status| !status.success()) {
-            let kind = status.code().and_then(ErrorKind::from_exit_code).unwrap_or(ErrorKind::Internal);
-            let tail = log_tail(directories, log_start);
-            return Err(Error::new(kind, format!("the daemon could not start: {tail}")));
+        match child.try_wait().ok().flatten() {
+            Some(status) if !status.success() => {
+                let kind = status.code().and_then(ErrorKind::from_exit_code).unwrap_or(ErrorKind::Internal);
+                let why = why_it_ended(directories, log_start);
+                return Err(Error::new(kind, format!("the daemon could not start: {why}")));
+            }
+            // A guard that ends well found another one at work: its server is on the way up, or down.
+            Some(_) if !guard::is_running(directories) => child = spawn().map_err(cannot)?,
+            _ => {}
         }
         if Instant::now() > deadline {
-            return Err(Error::new(
-                ErrorKind::TimedOut,
-                format!(
-                    "the daemon did not start in {} s; see {}",
-                    START_TIMEOUT.as_secs(),
-                    directories.log().display()
-                ),
-            ));
+            let (seconds, log) = (START_TIMEOUT.as_secs(), log_path.display());
+            return Err(Error::new(ErrorKind::TimedOut, format!("the daemon did not start in {seconds} s; see {log}")));
         }
         std::thread::sleep(START_POLL);
     }
 }
 
-/// The last line that this start wrote, so that the user need not open the log.
-fn log_tail(directories: &Directories, log_start: u64) -> String {
-    let bytes = std::fs::read(directories.log()).unwrap_or_default();
-    let new = bytes.get(usize::try_from(log_start).unwrap_or(usize::MAX)..).unwrap_or_default();
-    let text = String::from_utf8_lossy(&new[new.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned();
-    let line = text.trim_end().rsplit('\n').next().unwrap_or_default().trim();
-    if line.is_empty() { format!("see {}", directories.log().display()) } else { line.to_owned() }
+/// What the log says about this start, so that the user need not open it: the error of the first process that ended with
+/// one, which is the server and not the guard that gave it up.
+fn why_it_ended(directories: &Directories, log_start: u64) -> String {
+    let mut new = Vec::new();
+    let read = File::open(directories.log()).and_then(|mut log| {
+        log.seek(SeekFrom::Start(log_start))?;
+        log.take(LOG_READ_BYTES_MAX).read_to_end(&mut new)
+    });
+    let text = String::from_utf8_lossy(&new);
+    let line = text.lines().find_map(|line| line.strip_prefix("ublkimg: ")).or(text.lines().next_back());
+    match line.filter(|_| read.is_ok()) {
+        Some(line) => line.chars().take(LOG_LINE_CHARS_MAX).collect(),
+        None => format!("see {}", directories.log().display()),
+    }
 }

@@ -1,12 +1,15 @@
 //! The guard: keeps a server running, and gives readers an error when no server will.
 //!
 //! A ublk device whose server died waits for the next one: readers block. That is right for the time a restart takes and
-//! wrong for ever. So the guard starts the server again at once, and after [`FAILURES_MAX`] failures within
-//! [`FAILURE_WINDOW`] it deletes the devices that the records name, which turns waiting reads into EIO.
+//! wrong for ever. So the guard starts the server again at once, and when servers do not come to serve any more
+//! ([`FAILED_STARTS_MAX`]), or die again and again ([`CRASHES_MAX`]), it deletes the devices that the records name, which
+//! turns waiting reads into EIO.
 //!
 //! A guard that is started while a server of a killed guard still runs watches that server instead of starting a second:
-//! nobody notices the change. Invariant: at most one guard per run directory (a file lock), at most one server per root
-//! (the store's lock).
+//! nobody notices the change. A server makes its socket when it has its devices back, and removes it when it ends well:
+//! so the socket tells a server that served from one that did not, and the end of a watched server, whose exit code is not
+//! ours to see, from its death. Invariant: at most one guard per run directory (a file lock), at most
+//! one server per root (the store's lock). A root whose server belongs to another run directory is left to that one.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -23,13 +26,17 @@ use super::{Directories, client};
 use crate::device::ublk;
 use crate::error::{Error, ErrorKind, Result};
 
-/// A server may fail this often within [`FAILURE_WINDOW`] before the guard gives its devices up.
-const FAILURES_MAX: usize = 5;
+/// This many servers in a row may end before they serve; then the guard gives their devices up.
+const FAILED_STARTS_MAX: u32 = 5;
 
-/// See [`FAILURES_MAX`]. Long enough that failures after START_TIMEOUT-like waits still count together.
-const FAILURE_WINDOW: Duration = Duration::from_secs(60);
+/// A server that serves may die this often within [`CRASH_WINDOW`]: often enough for somebody who kills it again and
+/// again, and a reader whose read kills it gets its error within seconds.
+const CRASHES_MAX: usize = 50;
 
-/// The pause before the n-th restart in a row is n times this.
+/// See [`CRASHES_MAX`].
+const CRASH_WINDOW: Duration = Duration::from_secs(60);
+
+/// The pause before a restart; before the n-th one in a row that does not come to serve, n times this.
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a server may take to answer a ping when a guard looks for one that is there already.
@@ -77,9 +84,12 @@ pub fn is_running(directories: &Directories) -> bool {
 
 async fn watch(directories: &Directories, server_command: &mut impl FnMut() -> Command) -> Result<Outcome> {
     let mut stop = StopSignals::new()?;
-    let mut failures = VecDeque::new();
-    adopt(directories, &mut stop).await;
+    let mut failures = Failures::default();
     loop {
+        if adopt(directories, &mut stop).await && (stop.seen || !directories.socket().exists()) {
+            return Ok(Outcome::Stopped);
+        }
+        let _ = std::fs::remove_file(directories.socket());
         let status = run_server(server_command(), &mut stop).await?;
         if status.success() {
             return Ok(Outcome::Stopped);
@@ -88,16 +98,48 @@ async fn watch(directories: &Directories, server_command: &mut impl FnMut() -> C
         if stop.seen {
             return Ok(Outcome::Stopped);
         }
-        failures.push_back(Instant::now());
-        failures.retain(|at| at.elapsed() < FAILURE_WINDOW);
-        let devices = Records::new(directories.devices()).read_all()?;
-        if devices.is_empty() || failures.len() >= FAILURES_MAX {
+        failures.note(directories.socket().exists());
+        let kind = status.code().and_then(ErrorKind::from_exit_code).unwrap_or(ErrorKind::Internal);
+        // Busy: another server has the root. If it is one of ours that was just coming up, it is watched from now on.
+        let busy = kind == ErrorKind::Busy && !answers(directories);
+        // Who waits for a first server is told at once why there is none.
+        let nothing_to_keep = failures.starts > 0 && Records::new(directories.devices()).read_all()?.is_empty();
+        if busy || nothing_to_keep || failures.too_many() {
             delete_devices(directories)?;
-            let kind = status.code().and_then(ErrorKind::from_exit_code).unwrap_or(ErrorKind::Internal);
             return Err(Error::new(kind, format!("the server does not stay up ({status})")));
         }
-        tokio::time::sleep(RESTART_PAUSE * u32::try_from(failures.len()).unwrap_or(1)).await;
+        tokio::time::sleep(RESTART_PAUSE * failures.starts.max(1)).await;
     }
+}
+
+/// How servers have failed lately.
+#[derive(Default)]
+struct Failures {
+    /// In a row, before they served.
+    starts: u32,
+    /// Within [`CRASH_WINDOW`]; at most [`CRASHES_MAX`].
+    crashes: VecDeque<Instant>,
+}
+
+impl Failures {
+    fn note(&mut self, had_served: bool) {
+        if had_served {
+            self.starts = 0;
+            self.crashes.push_back(Instant::now());
+            self.crashes.retain(|at| at.elapsed() < CRASH_WINDOW);
+        } else {
+            self.starts += 1;
+        }
+    }
+
+    fn too_many(&self) -> bool {
+        self.starts >= FAILED_STARTS_MAX || self.crashes.len() >= CRASHES_MAX
+    }
+}
+
+/// Whether a server answers on our socket.
+fn answers(directories: &Directories) -> bool {
+    matches!(client::ask(directories, &Request::Ping, PING_TIMEOUT), Ok(Some(_)))
 }
 
 /// Starts one server and waits until it ends, passing a stop signal on to it.
@@ -113,11 +155,11 @@ async fn run_server(mut command: Command, stop: &mut StopSignals) -> Result<Exit
     child.wait().await.map_err(|error| Error::io("cannot wait for the server".to_owned(), error))
 }
 
-/// Waits for the end of a server that an earlier guard started, if there is one.
-async fn adopt(directories: &Directories, stop: &mut StopSignals) {
-    let Ok(Some(Answer::Pong { pid })) = client::ask(directories, &Request::Ping, PING_TIMEOUT) else { return };
-    let Some(process) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) else { return };
-    let Ok(handle) = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()) else { return };
+/// Waits for the end of a server that an earlier guard started; false if there is none.
+async fn adopt(directories: &Directories, stop: &mut StopSignals) -> bool {
+    let Ok(Some(Answer::Pong { pid })) = client::ask(directories, &Request::Ping, PING_TIMEOUT) else { return false };
+    let Some(process) = process(pid) else { return false };
+    let Ok(handle) = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()) else { return false };
     tracing::info!(pid, "watching the server that is there");
     // A pidfd is readable when its process has ended (pidfd_open(2)).
     let ended = tokio::task::spawn_blocking(move || {
@@ -126,14 +168,19 @@ async fn adopt(directories: &Directories, stop: &mut StopSignals) {
     });
     tokio::pin!(ended);
     tokio::select! {
-        _ = &mut ended => return,
+        _ = &mut ended => return true,
         () = stop.wait() => terminate(pid),
     }
     let _ = ended.await;
+    true
+}
+
+fn process(pid: u32) -> Option<rustix::process::Pid> {
+    i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw)
 }
 
 fn terminate(pid: u32) {
-    if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
+    if let Some(pid) = process(pid) {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
     }
 }
@@ -141,15 +188,27 @@ fn terminate(pid: u32) {
 /// Deletes the devices of this boot that the records name and no server holds. Records stay: they say what was lost.
 fn delete_devices(directories: &Directories) -> Result<()> {
     let boot = boot_id()?;
-    let ids = Records::new(directories.devices()).read_all()?.into_iter();
-    for record in ids.filter(|record| record.boot_id == boot) {
-        let Some(id) = record.ublk_id else { continue };
+    let records = Records::new(directories.devices()).read_all()?;
+    let mut ids =
+        records.into_iter().filter(|record| record.boot_id == boot).filter_map(|r| r.ublk_id.map(|id| (r, id)));
+    let Some(first) = ids.next() else { return Ok(()) };
+    let devices = ublk::devices()?;
+    for (record, id) in std::iter::once(first).chain(ids) {
+        // Another server may have come for it, one of another guard.
+        if !devices.iter().any(|device| device.id == id && !u32::try_from(device.server_pid).is_ok_and(process_lives)) {
+            continue;
+        }
         tracing::error!(device = record.name, id, "no server stays up: deleting the device, its readers get EIO");
         if let Err(error) = ublk::delete(id) {
             tracing::error!(device = record.name, id, "cannot delete the device: {error}");
         }
     }
     Ok(())
+}
+
+/// Whether there is a process of this id; one that is not ours to ask about is taken to live.
+pub(super) fn process_lives(pid: u32) -> bool {
+    process(pid).is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
 }
 
 struct StopSignals {
@@ -170,5 +229,39 @@ impl StopSignals {
             _ = self.interrupt.recv() => {}
         }
         self.seen = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_that_served_may_die_more_often_than_those_that_did_not() {
+        let mut failures = Failures::default();
+        for _ in 1..FAILED_STARTS_MAX {
+            failures.note(false);
+            assert!(!failures.too_many());
+        }
+        failures.note(true);
+        assert!(!failures.too_many(), "it served: the count of failed starts is over");
+        for _ in 1..FAILED_STARTS_MAX {
+            failures.note(false);
+        }
+        assert!(!failures.too_many());
+        failures.note(false);
+        assert!(failures.too_many());
+        let mut failures = Failures::default();
+        for _ in 0..CRASHES_MAX {
+            assert!(!failures.too_many());
+            failures.note(true);
+        }
+        assert!(failures.too_many());
+    }
+
+    #[test]
+    fn processes_live_until_they_are_gone() {
+        assert!(process_lives(std::process::id()));
+        assert!(!process_lives(0) && !process_lives(u32::MAX));
     }
 }

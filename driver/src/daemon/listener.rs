@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 use super::protocol::{Answer, Fault, REQUEST_MAX_BYTES, Request};
 use crate::error::{Error, ErrorKind, Result};
@@ -19,6 +19,16 @@ const CONNECTIONS_MAX: usize = 64;
 
 /// A client must have sent its line by then.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A client must have taken its answer by then.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a request is answered with.
+pub(super) struct Reply {
+    pub(super) answer: Answer,
+    /// The server ends when the client has it.
+    pub(super) is_last: bool,
+}
 
 /// Binds the socket, replacing one that a dead server left. Only the owner may connect.
 ///
@@ -34,20 +44,32 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener> {
     bound.map_err(|error| Error::io(format!("cannot listen on {}", path.display()), error))
 }
 
-/// Serves connections for ever; the caller drops the future to stop.
+/// Serves connections until a reply is the last one, or the caller drops the future.
 pub(super) async fn serve<H, F>(listener: UnixListener, handle: H)
 where
     H: Fn(Request) -> F + Clone + Send + 'static,
-    F: Future<Output = Answer> + Send,
+    F: Future<Output = Reply> + Send,
+{
+    let last = Arc::new(Notify::new());
+    tokio::select! {
+        () = accept(listener, handle, Arc::clone(&last)) => {}
+        () = last.notified() => {}
+    }
+}
+
+async fn accept<H, F>(listener: UnixListener, handle: H, last: Arc<Notify>)
+where
+    H: Fn(Request) -> F + Clone + Send + 'static,
+    F: Future<Output = Reply> + Send,
 {
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let handle = handle.clone();
+                let (handle, last) = (handle.clone(), Arc::clone(&last));
                 tokio::spawn(async move {
-                    if let Err(error) = converse(stream, handle).await {
+                    if let Err(error) = converse(stream, handle, &last).await {
                         tracing::debug!("a client hung up: {error}");
                     }
                     drop(slot);
@@ -61,24 +83,29 @@ where
     }
 }
 
-async fn converse<H, F>(mut stream: UnixStream, handle: H) -> std::io::Result<()>
+async fn converse<H, F>(mut stream: UnixStream, handle: H, last: &Notify) -> std::io::Result<()>
 where
     H: Fn(Request) -> F,
-    F: Future<Output = Answer>,
+    F: Future<Output = Reply>,
 {
     let (reader, mut writer) = stream.split();
     let mut line = String::new();
     let mut reader = BufReader::new(reader.take(REQUEST_MAX_BYTES as u64));
     tokio::time::timeout(REQUEST_TIMEOUT, reader.read_line(&mut line)).await??;
-    let answer = match serde_json::from_str(&line) {
+    let reply = match serde_json::from_str(&line) {
         Ok(request) => handle(request).await,
-        Err(error) => Answer::Failed(Fault {
-            kind: ErrorKind::Invalid,
-            message: format!("the daemon does not understand the request ({error}): is it of another version?"),
-        }),
+        Err(error) => {
+            let message = format!("the daemon does not understand the request ({error}): is it of another version?");
+            Reply { answer: Answer::Failed(Fault { kind: ErrorKind::Invalid, message }), is_last: false }
+        }
     };
-    let mut bytes = serde_json::to_vec(&answer)?;
+    let mut bytes = serde_json::to_vec(&reply.answer)?;
     bytes.push(b'\n');
-    writer.write_all(&bytes).await?;
-    writer.shutdown().await
+    let written = async { writer.write_all(&bytes).await.and(writer.shutdown().await) };
+    // An answer fits the socket's buffer unless it is a long list; a client that does not read it is not waited for.
+    let written = tokio::time::timeout(ANSWER_TIMEOUT, written).await;
+    if reply.is_last {
+        last.notify_one();
+    }
+    written?
 }

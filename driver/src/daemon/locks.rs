@@ -22,6 +22,11 @@ impl NameLocks {
         };
         lock.lock_owned().await
     }
+
+    /// Whether a name is locked, or waited for.
+    pub(super) fn any_held(&self) -> bool {
+        self.by_name.lock().values().any(|lock| Arc::strong_count(lock) > 1)
+    }
 }
 
 #[cfg(test)]
@@ -36,10 +41,13 @@ mod tests {
         let waiting = tokio::time::timeout(std::time::Duration::from_millis(20), locks.lock("a")).await;
         assert!(waiting.is_err());
         drop(first);
+        assert!(locks.any_held(), "b");
         let _again = locks.lock("a").await;
         assert_eq!(locks.by_name.lock().len(), 2);
         drop(_again);
         let _c = locks.lock("c").await;
         assert_eq!(locks.by_name.lock().len(), 2, "b and c");
+        drop((_other, _c));
+        assert!(!locks.any_held());
     }
 }

@@ -8,10 +8,13 @@
 //! | the device, quiesced | its server died | taken over |
 //! | the device, live | its server is dying | waited for, then taken over |
 //! | the device, dead | the server died before it started | deleted, the record too |
-//! | no such device, or another boot | it is gone | the record is removed |
+//! | no such device, or another boot, or somebody else's of that number | it is gone | the record is removed |
+//! | one of ours that was never started, without a record | its server died before it wrote one | deleted |
 //!
-//! A FUSE device dies with its server: its record is removed. Devices without a record are somebody else's and are left
-//! alone.
+//! A device that cannot be taken over, because the store lost what it needs, is deleted with its record: readers get EIO
+//! instead of waiting for ever, and its name is free again. One that another process serves is left alone.
+//!
+//! A FUSE device dies with its server: its record is removed. All other devices are left alone.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,6 +22,7 @@ use std::time::{Duration, Instant};
 use ublkimg_registry::Digest;
 
 use super::attached::Attached;
+use super::guard::process_lives;
 use super::server::{Server, blocking, options, parse_location};
 use super::state::DeviceRecord;
 use crate::attach::reopen;
@@ -29,25 +33,72 @@ use crate::error::{Error, ErrorKind, Result};
 /// A killed process may take this long to let go of its devices.
 const DYING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Takes back every device that can be. One that cannot is logged and left as it is, so that it can be looked at; the
-/// others are served.
+/// Takes back every device that can be; the others are given up. Both are logged.
 ///
 /// # Errors
 /// Only if the records cannot be listed.
 pub(super) async fn recover(server: &Arc<Server>) -> Result<()> {
     for record in server.records.read_all()? {
-        let name = record.name.clone();
+        let (name, id) = (record.name.clone(), record.ublk_id);
         let started = Instant::now();
         match recover_one(server, record).await {
             Ok(true) => tracing::warn!(device = name, after = ?started.elapsed(), "taken back"),
             Ok(false) => {
                 tracing::warn!(device = name, "gone: its record is removed");
-                server.records.remove(&name)?;
+                forget(server, &name);
             }
-            Err(error) => tracing::error!(device = name, "cannot be taken back: {}", error.chain()),
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                tracing::error!(device = name, "cannot be taken back now: {}", error.chain());
+            }
+            Err(error) => {
+                tracing::error!(device = name, "cannot be taken back, its readers get EIO: {}", error.chain());
+                // Beside the others, since it waits for whoever holds the device; under its name's lock.
+                let (server, lock) = (Arc::clone(server), server.locks.lock(&name).await);
+                tokio::spawn(async move {
+                    give_up(&server, &name, id).await;
+                    drop(lock);
+                });
+            }
+        }
+    }
+    if let Err(error) = blocking(delete_unrecorded).await {
+        tracing::debug!("no ublk devices to look at: {}", error.chain());
+    }
+    Ok(())
+}
+
+/// Deletes what a server that was killed between adding a device and writing its record left. A living creator is about
+/// to write it: servers of other roots are at work at the same time.
+fn delete_unrecorded() -> Result<()> {
+    for device in ublk::devices()? {
+        let left = device.state == DeviceState::Dead && device.creator_pid.is_some_and(|pid| !process_lives(pid));
+        if !left {
+            continue;
+        }
+        match ublk::delete(device.id) {
+            Ok(()) => tracing::warn!(id = device.id, "deleted a device that was never started"),
+            Err(error) => tracing::warn!(id = device.id, "cannot delete a device: {}", error.chain()),
         }
     }
     Ok(())
+}
+
+async fn give_up(server: &Arc<Server>, name: &str, id: Option<u32>) {
+    let deleted = blocking(move || id.map_or(Ok(()), ublk::delete)).await;
+    match deleted {
+        // Somebody still holds it: it goes when they let go.
+        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::TimedOut) => {
+            tracing::error!(device = name, "cannot be deleted: {}", error.chain());
+        }
+        _ => forget(server, name),
+    }
+}
+
+/// A record that cannot be removed says the same to the next server.
+fn forget(server: &Arc<Server>, name: &str) {
+    if let Err(error) = server.records.remove(name) {
+        tracing::error!(device = name, "{}", error.chain());
+    }
 }
 
 async fn recover_one(server: &Arc<Server>, record: DeviceRecord) -> Result<bool> {
@@ -72,6 +123,7 @@ fn wait_for_its_server(id: u32) -> Result<bool> {
     loop {
         let Some(device) = ublk::devices()?.into_iter().find(|device| device.id == id) else { return Ok(false) };
         match device.state {
+            _ if device.creator_pid.is_none() => return Ok(false),
             DeviceState::Quiesced => return Ok(true),
             DeviceState::Dead => {
                 ublk::delete(id)?;

@@ -9,13 +9,14 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 use ublkimg_registry::{ClientOptions, Location};
 
-use super::attached::Attached;
+use super::attached::{Attached, check_unused};
+use super::listener::Reply;
 use super::locks::NameLocks;
 use super::protocol::{AddRequest, Answer, Fault, Request};
 use super::state::{DeviceRecord, Records, boot_id};
@@ -58,7 +59,7 @@ pub fn run_server(options: ServerOptions) -> Result<()> {
         boot_id: boot_id()?,
         attached: Mutex::new(BTreeMap::new()),
         locks: NameLocks::default(),
-        stop: Notify::new(),
+        stopping: AtomicBool::new(false),
         directories,
     });
     runtime.block_on(server.run())
@@ -84,8 +85,9 @@ pub(super) struct Server {
     pub(super) engine: Engine,
     pub(super) boot_id: String,
     pub(super) attached: Mutex<BTreeMap<String, Attached>>,
-    locks: NameLocks,
-    stop: Notify,
+    pub(super) locks: NameLocks,
+    /// Nothing is begun any more.
+    stopping: AtomicBool,
 }
 
 impl Server {
@@ -93,13 +95,10 @@ impl Server {
         recovery::recover(&self).await?;
         let listener = listener::bind(&self.directories.socket())?;
         let handler = Arc::clone(&self);
-        let stopped = self.stop.notified();
-        tokio::pin!(stopped);
         let terminated = terminated()?;
         tracing::info!(socket = %self.directories.socket().display(), "serving");
         tokio::select! {
             () = listener::serve(listener, move |request| Arc::clone(&handler).handle(request)) => {}
-            () = &mut stopped => {}
             () = terminated => {}
         }
         let _ = std::fs::remove_file(self.directories.socket());
@@ -110,28 +109,36 @@ impl Server {
         self.store.sync()
     }
 
-    async fn handle(self: Arc<Self>, request: Request) -> Answer {
+    async fn handle(self: Arc<Self>, request: Request) -> Reply {
+        let is_stop = matches!(request, Request::Stop { .. });
         let result = match request {
             Request::Ping => Ok(Answer::Pong { pid: std::process::id() }),
             // In a task of its own: it must go on to its end when the client hangs up.
             Request::Add(request) => flatten(tokio::spawn(async move { self.add(request).await }).await),
-            Request::Mounted { name, directory } => self.mounted(&name, directory).map(|()| Answer::Done),
+            Request::Mounted { name, directory } => {
+                flatten(tokio::spawn(async move { self.mounted(&name, directory).await }).await).map(|()| Answer::Done)
+            }
             Request::Remove { name, force } => {
                 flatten(tokio::spawn(async move { self.remove(&name, force).await }).await).map(|()| Answer::Done)
             }
             Request::List => Ok(Answer::Devices(self.attached.lock().values().map(Attached::status).collect())),
             Request::Stop { keep_devices } => self.stop(keep_devices).map(|()| Answer::Done),
         };
-        result.unwrap_or_else(|error| {
+        let is_last = is_stop && result.is_ok();
+        let answer = result.unwrap_or_else(|error| {
             tracing::warn!("request failed: {}", error.chain());
             Answer::Failed(Fault { kind: error.kind(), message: error.chain() })
-        })
+        });
+        Reply { answer, is_last }
     }
 
     async fn add(self: Arc<Self>, request: AddRequest) -> Result<Answer> {
         let name = request.name.clone().unwrap_or_else(|| names::from_reference(&request.reference));
         names::check(&name)?;
         let _name_lock = self.locks.lock(&name).await;
+        if self.stopping.load(Ordering::SeqCst) {
+            return Err(Error::new(ErrorKind::Busy, "the daemon is ending: try again"));
+        }
         if let Some(attached) = self.attached.lock().get(&name) {
             if attached.record.reference == request.reference {
                 return Ok(Answer::Added { device: attached.status(), created: false });
@@ -176,30 +183,34 @@ impl Server {
         match prepared.start() {
             Ok(device) => Ok(Attached { record, device, image }),
             Err(error) => {
-                self.records.remove(&record.name)?;
+                if let Err(error) = self.records.remove(&record.name) {
+                    tracing::warn!("{}", error.chain());
+                }
                 Err(error)
             }
         }
     }
 
-    fn mounted(&self, name: &str, directory: PathBuf) -> Result<()> {
-        let mut attached = self.attached.lock();
-        let device = attached.get_mut(name).ok_or_else(|| no_device(name))?;
-        if !device.record.mounts.contains(&directory) {
-            device.record.mounts.push(directory);
-            self.records.write(&device.record)?;
+    async fn mounted(self: Arc<Self>, name: &str, directory: PathBuf) -> Result<()> {
+        let _name_lock = self.locks.lock(name).await;
+        let mut record = self.attached.lock().get(name).ok_or_else(|| no_device(name))?.record.clone();
+        if record.mounts.contains(&directory) {
+            return Ok(());
         }
+        record.mounts.push(directory);
+        let (server, written) = (Arc::clone(&self), record.clone());
+        blocking(move || server.records.write(&written)).await?;
+        self.attached.lock().get_mut(name).ok_or_else(|| no_device(name))?.record = record;
         Ok(())
     }
 
     async fn remove(self: Arc<Self>, name: &str, force: bool) -> Result<()> {
         let _name_lock = self.locks.lock(name).await;
-        {
-            let attached = self.attached.lock();
-            let device = attached.get(name).ok_or_else(|| no_device(name))?;
-            if !force {
-                device.check_unused()?;
-            }
+        let device = self.attached.lock().get(name).map(|attached| attached.device.path().to_path_buf());
+        let device = device.ok_or_else(|| no_device(name))?;
+        if !force {
+            let name = name.to_owned();
+            blocking(move || check_unused(&name, &device)).await?;
         }
         let Some(attached) = self.attached.lock().remove(name) else { return Err(no_device(name)) };
         let server = Arc::clone(&self);
@@ -210,23 +221,42 @@ impl Server {
         let Attached { record, device, image } = attached;
         let stopped = device.stop();
         drop(image);
-        self.records.remove(&record.name)?;
+        // There for the FUSE transport only, and empty unless its mount is held.
+        let _ = std::fs::remove_dir(self.directories.fuse().join(&record.name));
         match stopped {
-            Err(error) if force && error.kind() == ErrorKind::Busy => {
+            Ok(()) => self.records.remove(&record.name),
+            // It is doomed: the kernel finishes by itself.
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                self.records.remove(&record.name)?;
                 tracing::warn!(device = record.name, "removed while in use: {error}");
-                Ok(())
+                if force { Ok(()) } else { Err(error) }
             }
-            other => other,
+            // Its record stays for the next server, which finds out what became of it.
+            Err(error) => Err(error),
         }
     }
 
+    /// Whether the server may end now; if so it begins nothing any more.
     fn stop(&self, keep_devices: bool) -> Result<()> {
-        let attached = self.attached.lock();
-        if let (false, Some(name)) = (keep_devices, attached.keys().next()) {
-            let text = format!("{} devices are served, {name} among them: `ublkimg rm` them first", attached.len());
+        // First this, then the look: a request that is not seen now sees that we are stopping.
+        self.stopping.store(true, Ordering::SeqCst);
+        let refusal = {
+            let attached = self.attached.lock();
+            match attached.keys().next() {
+                _ if self.locks.any_held() => {
+                    Some("another command is at work: try again when it has ended".to_owned())
+                }
+                Some(name) if !keep_devices => Some(format!(
+                    "devices are served, {} in all, {name} among them: `ublkimg rm` them first",
+                    attached.len()
+                )),
+                _ => None,
+            }
+        };
+        if let Some(text) = refusal {
+            self.stopping.store(false, Ordering::SeqCst);
             return Err(Error::new(ErrorKind::Busy, text));
         }
-        self.stop.notify_one();
         Ok(())
     }
 }

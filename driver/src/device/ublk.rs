@@ -34,6 +34,9 @@ const REQUEST_LEN_BYTES: u32 = 512 * 1024;
 /// Optimal I/O size, as a power of two. The kernel makes the read-ahead window max(128 KiB, twice this).
 const OPTIMAL_IO_SHIFT: u8 = 16;
 const BLOCK_SHIFT: u8 = 12;
+/// Upper half of the number that the driver keeps with a device for its server (`ublksrv_flags`): this program made it.
+/// The lower half is the process that did.
+const MADE_BY_US: u32 = u32::from_be_bytes(*b"uimg");
 /// A read-only device may have requests re-issued, so always both.
 const FLAGS: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
 /// How long devtmpfs or udev may take to make the node.
@@ -70,7 +73,7 @@ impl From<u16> for DeviceState {
     }
 }
 
-/// A ublk device of this kernel, whoever made it.
+/// A ublk device of this kernel, whoever made it. Our own are told by a mark that the driver keeps for us.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelDevice {
     /// N of `/dev/ublkbN`.
@@ -79,6 +82,13 @@ pub struct KernelDevice {
     pub state: DeviceState,
     /// The process that serves it, or served it last; -1 before the first start.
     pub server_pid: i32,
+    /// The process that added it, if that was this program.
+    pub creator_pid: Option<u32>,
+}
+
+fn creator_pid(info: &sys::ublksrv_ctrl_dev_info) -> Option<u32> {
+    let made_by_us = info.ublksrv_flags >> 32 == u64::from(MADE_BY_US);
+    made_by_us.then(|| u32::try_from(info.ublksrv_flags & u64::from(u32::MAX)).ok()).flatten()
 }
 
 /// Every ublk device of this kernel, by id.
@@ -98,7 +108,12 @@ pub fn devices() -> Result<Vec<KernelDevice>> {
     let mut devices = Vec::new();
     for id in ids {
         match control.info(id) {
-            Ok(info) => devices.push(KernelDevice { id, state: info.state.into(), server_pid: info.ublksrv_pid }),
+            Ok(info) => devices.push(KernelDevice {
+                id,
+                state: info.state.into(),
+                server_pid: info.ublksrv_pid,
+                creator_pid: creator_pid(&info),
+            }),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
@@ -164,7 +179,7 @@ impl PreparedUblk {
     pub fn recover(image: Arc<ServedImage>, id: u32) -> Result<Self> {
         let mut control = Control::open()?;
         let info = control.info(id)?;
-        if info.flags & FLAGS != FLAGS || info.nr_hw_queues != 1 {
+        if creator_pid(&info).is_none() || info.flags & FLAGS != FLAGS || info.nr_hw_queues != 1 {
             return Err(Error::new(ErrorKind::Invalid, format!("ublk device {id} was not made by this program")));
         }
         if DeviceState::from(info.state) == DeviceState::Dead {
@@ -297,6 +312,7 @@ fn add_device(device_len_bytes: u64) -> Result<UblkDev> {
         .depth(QUEUE_DEPTH)
         .io_buf_bytes(REQUEST_LEN_BYTES)
         .ctrl_flags(FLAGS)
+        .ctrl_target_flags(u64::from(MADE_BY_US) << 32 | u64::from(std::process::id()))
         .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
         .build()
         .map_err(|error| library_error("ADD_DEV", u32::MAX, error))?;
