@@ -1,6 +1,8 @@
 //! The daemon's commands on a machine without ublk: what is left behind, what can be repeated, what the exit codes are.
 //! Needs root, `/dev/fuse`, loop devices and EROFS; prints why when it is skipped.
 
+#![expect(clippy::unwrap_used, reason = "tests")]
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
