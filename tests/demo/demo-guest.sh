@@ -3,4 +3,5 @@
 set -euo pipefail
 bin=/mnt/host$1 source=/mnt/host$2
 shift 2
+export TMPDIR=/tmp
 exec "$bin/demo" --source "$source" --work /tmp/demo --transport ublk "$@"

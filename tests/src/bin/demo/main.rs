@@ -26,7 +26,7 @@ use container::Bundle;
 use lazy::Ublkimg;
 use table::{Figures, Reads, Table};
 
-/// A start that fetches this share of the layers is not lazy. `import numpy` reads a good tenth of the demo's image.
+/// A start that fetches this share of the layers is not lazy. `import numpy` needs about a quarter of the demo's image.
 const LARGE_PART_PERCENT: u64 = 40;
 
 /// The container's command takes a second or two; on a slow emulated machine a hundred times that.
