@@ -60,6 +60,7 @@ pub fn ublkimg(root: &Path) -> Invocation {
         .env_remove("REGISTRY_AUTH_FILE")
         .env_remove("DOCKER_CONFIG")
         .env("HOME", root)
+        .env("TMPDIR", root)
         .env("UBLKIMG_ROOT", root.join("store"))
         .env("UBLKIMG_RUN_DIR", root.join("run"));
     Invocation { command, timeout: TIMEOUT }
