@@ -36,8 +36,8 @@ pub struct Host {
     _alone: MutexGuard<'static, ()>,
 }
 
-/// One daemon at a time: the mount namespace of a server that starts while another serves a FUSE file keeps that one's
-/// mounts, so they could not be removed before it ends.
+/// One daemon at a time: a server that starts holds, for a moment, the mounts of all others, and removing a device in that
+/// moment is refused.
 static ALONE: Mutex<()> = Mutex::new(());
 
 impl Host {
