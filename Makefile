@@ -13,10 +13,16 @@ export RUSTDOCFLAGS := -D warnings -Ctarget-feature=+crt-static
 export CARGO_TERM_PROGRESS_WHEN := never
 LANES := lanes
 
-.PHONY: build deps fmt clippy deny doc unit lanes lanes-full test test-full demo demo-vm uml-kernel clean-caches
+.PHONY: build programs deps fmt clippy deny doc unit lanes lanes-full test test-full demo demo-vm docs uml-kernel clean-caches
 
-build: deps ## the binaries that tests and demos run
+build: deps ## the program, for use: target/release/ublkimg
+	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
+
+programs: deps # what tests and demos run
 	cargo build --workspace --bins $(PROFILE)
+
+docs: programs ## man pages and shell completions, in target/docs
+	$(BIN)/ublkimg docs target/docs
 
 deps: ## installs missing packages with apt
 	@tests/deps.sh
@@ -39,10 +45,10 @@ doc: deps
 unit: deps
 	cargo test --workspace $(PROFILE)
 
-lanes: build ## tests on kernels with ublk, in guests where the host has none
+lanes: programs ## tests on kernels with ublk, in guests where the host has none
 	@tests/vm/lanes.sh --bin $(BIN)
 
-lanes-full: build
+lanes-full: programs
 	@tests/vm/lanes.sh --bin $(BIN) --full
 
 # One after another, the quickest answer first; the lanes come last and end with their count.
@@ -55,11 +61,11 @@ test: deps ## everything that must hold; under 25 minutes on two cores
 test-full: ## and what takes long: the whole demo image on the stock kernels
 	@$(MAKE) --no-print-directory test LANES=lanes-full
 
-demo: build ## a container from an image that is not here, pulled whole and pulled lazily
+demo: programs ## a container from an image that is not here, pulled whole and pulled lazily
 	@tests/demo/build-image.sh
 	@$(BIN)/demo $(DEMO_FLAGS)
 
-demo-vm: build ## the same over /dev/ublkb0 in a User-Mode-Linux guest
+demo-vm: programs ## the same over /dev/ublkb0 in a User-Mode-Linux guest
 	@tests/demo/build-image.sh
 	@tests/demo/demo-vm.sh $(BIN) $(DEMO_FLAGS)
 
