@@ -62,7 +62,7 @@ impl Records {
     /// Writes or replaces a record; when it returns the record survives a power cut.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`] or [`ErrorKind::DiskFull`], naming the file.
+    /// [`ErrorKind::Io`] or [`ErrorKind::NoSpace`], naming the file.
     pub fn write(&self, record: &DeviceRecord) -> Result<()> {
         let path = self.path(&record.name);
         let temporary = self.directory.join(format!(".{}.new", record.name));
