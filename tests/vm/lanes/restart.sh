@@ -3,7 +3,7 @@
 . "$(dirname "$0")/guest.sh"
 registry one
 attach one
-faults '{"slow": {"path": "*/blobs/*", "toxic": {"latency": {"latency_ms": 200}}}}'
+faults '{"slow": {"path": "*/blobs/*", "toxic": {"latency": {"latency_ms": 1000}}}}'
 "$BIN/list-tree" "$WORK/one" >"$WORK/listed" &
 reader=$!
 sleep 1
