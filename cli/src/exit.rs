@@ -48,6 +48,7 @@ fn of_registry(kind: ublkimg_registry::ErrorKind) -> u8 {
         Registry::NotOurs => ErrorKind::NotOurs.exit_code(),
         Registry::Invalid => ErrorKind::Invalid.exit_code(),
         Registry::Io => ErrorKind::Io.exit_code(),
+        Registry::NoSpace => ErrorKind::NoSpace.exit_code(),
         _ => ErrorKind::Internal.exit_code(),
     }
 }

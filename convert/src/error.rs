@@ -132,6 +132,7 @@ impl From<ublkimg_registry::Error> for Error {
             RegistryKind::Unavailable => ErrorKind::Unavailable,
             RegistryKind::Corrupt => ErrorKind::VerificationFailed,
             RegistryKind::Invalid => ErrorKind::Usage,
+            RegistryKind::NoSpace => ErrorKind::DiskFull,
             RegistryKind::TooLarge | RegistryKind::NotOurs => ErrorKind::Unsupported,
             _ => ErrorKind::Io,
         };

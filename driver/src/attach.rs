@@ -99,7 +99,8 @@ pub async fn attach(
         Error::new(ErrorKind::TimedOut, format!("attach {location}: not done after {seconds} s"))
     };
     let attached = tokio::time::timeout(options.attach_deadline, attached).await;
-    let (manifest_digest, prepared, manifest) = attached.map_err(|_| timed_out())??;
+    let (manifest_digest, prepared, manifest) =
+        attached.map_err(|_| timed_out())?.map_err(|error| about(location, error))?;
     // Not under the deadline: an image that is registered while nobody waits any more would stay for ever.
     attaching.register(manifest_digest, prepared, manifest).await
 }
@@ -400,6 +401,12 @@ fn parse(digest: Digest, manifest: &[u8]) -> Result<ErofsManifest> {
 }
 
 /// A manifest that breaks a rule is the producer's fault, not the user's.
+/// Makes sure that an error names what the user asked for.
+fn about(location: &Location, error: Error) -> Error {
+    let name = location.to_string();
+    if error.chain().contains(&name) { error } else { Error::caused(error.kind(), format!("attach {name}"), error) }
+}
+
 fn bad_manifest(digest: Digest, error: ublkimg_registry::Error) -> Error {
     match error.kind() {
         ublkimg_registry::ErrorKind::Invalid => Error::caused(ErrorKind::Corrupt, format!("manifest {digest}"), error),

@@ -123,6 +123,7 @@ impl Error {
             Kind::Invalid => ErrorKind::Invalid,
             Kind::NotOurs => ErrorKind::NotOurs,
             Kind::Io => ErrorKind::Io,
+            Kind::NoSpace => ErrorKind::NoSpace,
             _ => ErrorKind::Internal,
         };
         Self::caused(kind, what, source)

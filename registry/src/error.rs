@@ -25,6 +25,8 @@ pub enum ErrorKind {
     NotOurs,
     /// A local file could not be read or written.
     Io,
+    /// The disk of a local file is full: free some space.
+    NoSpace,
 }
 
 /// An error of a registry or a layout directory.
@@ -72,7 +74,11 @@ impl Error {
 
     /// A failed file operation: `what` names the operation and the path.
     pub(crate) fn io(what: impl fmt::Display, cause: std::io::Error) -> Self {
-        Self::new(ErrorKind::Io, format!("{what}: {cause}")).with_source(cause)
+        let kind = match cause.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+            _ => ErrorKind::Io,
+        };
+        Self::new(kind, format!("{what}: {cause}")).with_source(cause)
     }
 
     pub(crate) fn with_source(mut self, cause: impl Into<Cause>) -> Self {
@@ -118,6 +124,7 @@ impl From<Error> for std::io::Error {
             ErrorKind::Corrupt | ErrorKind::TooLarge => std::io::ErrorKind::InvalidData,
             ErrorKind::Invalid | ErrorKind::NotOurs => std::io::ErrorKind::InvalidInput,
             ErrorKind::Io => std::io::ErrorKind::Other,
+            ErrorKind::NoSpace => std::io::ErrorKind::StorageFull,
         };
         Self::new(kind, error)
     }

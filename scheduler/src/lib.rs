@@ -13,6 +13,8 @@ mod scheduler;
 mod streams;
 mod types;
 
-pub use scheduler::{Counters, DEMAND_CHUNKS_MAX, READ_AHEAD_BYTES_MAX, READ_AHEAD_CHUNKS_MAX, Scheduler};
+pub use scheduler::{
+    Counters, DEMAND_CHUNKS_MAX, FAILURE_HOLD, FAILURES_MAX, READ_AHEAD_BYTES_MAX, READ_AHEAD_CHUNKS_MAX, Scheduler,
+};
 pub use streams::{STREAMS_MAX, WINDOW_BYTES_MAX, WINDOW_BYTES_MIN};
 pub use types::{Action, BlobKey, ChunkEntry, ChunkKey, Class, Event, Now, Ticket};

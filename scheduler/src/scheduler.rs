@@ -17,6 +17,15 @@ pub const READ_AHEAD_CHUNKS_MAX: usize = 32;
 /// that a demand can find before it on the link.
 pub const READ_AHEAD_BYTES_MAX: u64 = 4 << 20;
 
+/// How long a chunk that could not be had stays so without asking again. The kernel follows a failed read-ahead with a
+/// read of each of its pages: without this a bad chunk is fetched once for each, and a registry that is down makes each
+/// of them wait for the whole deadline. A program that tries again later finds what was mended.
+pub const FAILURE_HOLD: Now = Now::from_secs(1);
+
+/// Chunks held as failed at a time; more are asked for again. As many demands can fail within [`FAILURE_HOLD`] when a
+/// registry refuses everything at once.
+pub const FAILURES_MAX: usize = 4096;
+
 /// The errno of a request that needs what cannot be had (Linux, `errno-base.h`).
 const EIO: i32 = 5;
 
@@ -80,6 +89,8 @@ pub struct Scheduler {
     queue: VecDeque<(ChunkKey, Now)>,
     /// Who waits for a chunk that is queued or in flight. A ticket that was woken early may still be listed.
     waiters: BTreeMap<ChunkKey, Vec<Ticket>>,
+    /// Chunks that failed a moment ago: until when they stay so, and why. At most [`FAILURES_MAX`].
+    failures: BTreeMap<ChunkKey, (Now, i32)>,
     /// How many entries of `waiters` each waiting request still has.
     tickets: BTreeMap<Ticket, usize>,
     streams: Streams,
@@ -101,7 +112,7 @@ impl Scheduler {
             Event::Demand { ticket, chunks } => self.demand(ticket, chunks, now, actions),
             Event::Touch { chunk } => self.access(chunk, now),
             Event::Fetched { chunk } => self.fetched(chunk, actions),
-            Event::Failed { chunk, errno } => self.failed(chunk, errno, actions),
+            Event::Failed { chunk, errno } => self.failed(chunk, errno, now, actions),
             Event::Lost { chunk } => self.lost(chunk),
         }
         self.issue_demands(actions);
@@ -138,6 +149,7 @@ impl Scheduler {
     fn remove_blob(&mut self, blob: BlobKey, actions: &mut Vec<Action>) {
         self.blobs.remove(&blob);
         self.streams.remove(blob);
+        self.failures.retain(|chunk, _| chunk.blob != blob);
         self.queue.retain(|(chunk, _)| chunk.blob != blob);
         let of_blob = ChunkKey { blob, chunk: 0 }..=ChunkKey { blob, chunk: u32::MAX };
         let chunks: Vec<ChunkKey> = self.waiters.range(of_blob).map(|(chunk, _)| *chunk).collect();
@@ -150,6 +162,10 @@ impl Scheduler {
         self.counters.demands += 1;
         if chunks.iter().any(|chunk| self.chunk(*chunk).is_none()) {
             actions.push(Action::Wake { ticket, outcome: Err(EIO) });
+            return;
+        }
+        if let Some(errno) = chunks.iter().find_map(|chunk| self.recent_failure(*chunk, now)) {
+            actions.push(Action::Wake { ticket, outcome: Err(errno) });
             return;
         }
         let mut waits = 0;
@@ -212,7 +228,12 @@ impl Scheduler {
         }
     }
 
-    fn failed(&mut self, chunk: ChunkKey, errno: i32, actions: &mut Vec<Action>) {
+    /// Why the chunk cannot be had now, if that is known.
+    fn recent_failure(&self, chunk: ChunkKey, now: Now) -> Option<i32> {
+        self.failures.get(&chunk).filter(|(until, _)| now < *until).map(|(_, errno)| *errno)
+    }
+
+    fn failed(&mut self, chunk: ChunkKey, errno: i32, now: Now, actions: &mut Vec<Action>) {
         let Some(flight) = self.land(chunk) else { return };
         self.counters.failed += 1;
         if let (Some(since), Some(_)) = (flight.late_hit, self.chunk(chunk)) {
@@ -222,6 +243,10 @@ impl Scheduler {
         } else {
             self.set_state(chunk, State::Absent);
             self.wake_with_error(chunk, errno, actions);
+            self.failures.retain(|_, (until, _)| now < *until);
+            if self.chunk(chunk).is_some() && self.failures.len() < FAILURES_MAX {
+                self.failures.insert(chunk, (now + FAILURE_HOLD, errno));
+            }
         }
     }
 
@@ -267,6 +292,9 @@ impl Scheduler {
             && let Some(chunk) = self.streams.next()
         {
             let Some(Chunk { stored_len_bytes, state: State::Absent }) = self.chunk(chunk).copied() else { continue };
+            if self.recent_failure(chunk, now).is_some() {
+                continue;
+            }
             if self.read_ahead_in_flight_bytes + u64::from(stored_len_bytes) > READ_AHEAD_BYTES_MAX {
                 self.streams.put_back();
                 break;

@@ -75,7 +75,21 @@ fn a_failed_chunk_wakes_with_its_errno_and_is_fetched_again() {
     rig.demand(1, &[key(0, 3), key(0, 5)]);
     assert_eq!(rig.step(Event::Failed { chunk: key(0, 3), errno: 28 }), [wake(1, Err(28))]);
     assert_eq!(rig.step(Event::Fetched { chunk: key(0, 5) }), []);
+    rig.now += FAILURE_HOLD;
     assert_eq!(rig.demand(2, &[key(0, 3)]), [fetch(key(0, 3), Class::Demand)]);
+}
+
+#[test]
+fn a_chunk_that_just_failed_is_not_asked_for_again_at_once() {
+    let mut rig = Rig::new(1, 10);
+    rig.demand(1, &[key(0, 3)]);
+    rig.step(Event::Failed { chunk: key(0, 3), errno: 5 });
+    assert_eq!(rig.demand(2, &[key(0, 3)]), [wake(2, Err(5))]);
+    assert_eq!(rig.demand(3, &[key(0, 4)]), [fetch(key(0, 4), Class::Demand)], "its neighbour is");
+    for chunk in 0..10 {
+        rig.step(Event::Touch { chunk: key(0, chunk) });
+    }
+    assert!(!rig.scheduler.in_flight.contains_key(&key(0, 3)), "nor by read-ahead");
 }
 
 #[test]

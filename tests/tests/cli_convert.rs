@@ -252,3 +252,15 @@ fn a_full_disk() {
     fixture.convert(&fixture.source(), &fixture.destination()).refused(10, &[spool.to_str().unwrap()]);
     fixture.nothing_is_half_made();
 }
+
+#[test]
+fn a_full_disk_at_the_destination() {
+    if !skip::is_root() {
+        skip!("a small file system needs root");
+    }
+    let fixture = Fixture::small();
+    let destination = fixture.root.tmpfs("destination", 200 * 1024).unwrap();
+    fixture.convert(&fixture.source(), &fixture.destination()).refused(10, &[destination.to_str().unwrap()]);
+    let left = std::fs::read_dir(destination.join("blobs/sha256")).unwrap();
+    assert!(left.into_iter().all(|blob| !blob.unwrap().file_name().to_string_lossy().contains("tmp")));
+}

@@ -170,7 +170,10 @@ impl Served {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        if let Err(error) = self.session.umount_and_join() {
+        // The session would unmount once more what was unmounted above.
+        if let Err(error) = self.session.umount_and_join()
+            && error.raw_os_error() != Some(libc::EINVAL)
+        {
             tracing::warn!(%error, mount_point = %self.mount_point.display(), "a FUSE session ended with an error");
         }
         self.replies.join();
