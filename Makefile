@@ -13,7 +13,7 @@ export RUSTDOCFLAGS := -D warnings -A rustdoc::private-intra-doc-links -Ctarget-
 export CARGO_TERM_PROGRESS_WHEN := never
 LANES := lanes
 
-.PHONY: build programs deps fmt clippy deny doc unit lanes lanes-full test test-full demo demo-vm docs uml-kernel clean-caches
+.PHONY: build programs deps fmt clippy deny doc unit guest-tests lanes lanes-full test test-full demo demo-vm docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -46,10 +46,13 @@ doc: deps
 unit: deps
 	cargo test --workspace $(PROFILE)
 
-lanes: programs ## tests on kernels with ublk, in guests where the host has none
+guest-tests: programs
+	@tests/vm/guest-tests.sh $(BIN) $(PROFILE)
+
+lanes: guest-tests ## tests on kernels with ublk, in guests where the host has none
 	@tests/vm/lanes.sh --bin $(BIN)
 
-lanes-full: programs
+lanes-full: guest-tests
 	@tests/vm/lanes.sh --bin $(BIN) --full
 
 # One after another, the quickest answer first; the lanes come last and end with their count.

@@ -104,6 +104,18 @@ if [[ $where == uml ]] && ! kernel=$("$here/run-uml.sh" --find-kernel 2>&1); the
   full_lanes=()
 fi
 
+# The workspace's own tests of devices: on the host cargo has run them already.
+if [[ $where == uml ]] && ((${#full_lanes[@]})); then
+  for name in ublk processes cli_add cli_daemon; do
+    is_wanted "uml-test-$name" || continue
+    if [[ ! -x $bin/guest-tests/$name ]]; then
+      report SKIP "uml-test-$name:" "not built: guest-tests.sh does"
+      continue
+    fi
+    lane "uml-test-$name" run_full rust-test.sh 180 "$images" "$name"
+  done
+fi
+
 have_images=''
 if prepare images "${full_lanes[@]}" qemu-6.12 qemu-7.2; then have_images=1; else full_lanes=(); fi
 for name in "${full_lanes[@]}"; do
