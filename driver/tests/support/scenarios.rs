@@ -139,6 +139,7 @@ pub(crate) fn a_chunk_that_fails_gives_eio_and_its_neighbours_read(transport: Tr
     assert!(read_blocks(&file, bad - 1, 2).is_err(), "a read of a good and a bad block");
     assert!(served.driver.image.statistics().verification_failures > 0);
     served.origin.mend();
+    std::thread::sleep(ublkimg_scheduler::FAILURE_HOLD);
     served.origin.content().check(bad, &read_blocks(&file, bad, 1).unwrap());
     drop(file);
     served.stop().unwrap();
