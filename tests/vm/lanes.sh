@@ -24,7 +24,7 @@ mkdir -p "$logs"
 
 passed=0 failed=0 skipped=0 ublk_ran=0
 report() { # report ok|FAIL|SKIP LANE REST
-  printf '%-4s %-18s %s\n' "$@"
+  printf '%-4s %-20s %s\n' "$@"
   case $1 in ok) passed=$((passed + 1)) ;; FAIL) failed=$((failed + 1)) ;; SKIP) skipped=$((skipped + 1)) ;; esac
 }
 is_wanted() {
@@ -97,24 +97,25 @@ else
   }
 fi
 full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-corrupt" "$where-latency")
+# The workspace's own tests of devices. On a host with ublk cargo has run them already.
+test_lanes=()
+[[ $where == host ]] || test_lanes=(uml-test-ublk uml-test-processes uml-test-cli_add uml-test-cli_daemon)
 if [[ $where == uml ]] && ! kernel=$("$here/run-uml.sh" --find-kernel 2>&1); then
-  for name in "${full_lanes[@]}" "$where-demo-image"; do
+  for name in "${test_lanes[@]}" "${full_lanes[@]}" uml-demo-image; do
     ! is_wanted "$name" || report SKIP "$name:" "${kernel#run-uml.sh: }"
   done
-  full_lanes=()
+  test_lanes=() full_lanes=()
 fi
 
-# The workspace's own tests of devices: on the host cargo has run them already.
-if [[ $where == uml ]] && ((${#full_lanes[@]})); then
-  for name in ublk processes cli_add cli_daemon; do
-    is_wanted "uml-test-$name" || continue
-    if [[ ! -x $bin/guest-tests/$name ]]; then
-      report SKIP "uml-test-$name:" "not built: guest-tests.sh does"
-      continue
-    fi
-    lane "uml-test-$name" run_full rust-test.sh 180 "$images" "$name"
-  done
-fi
+for name in "${test_lanes[@]}"; do
+  test=${name#uml-test-}
+  is_wanted "$name" || continue
+  if [[ -x $bin/guest-tests/$test ]]; then
+    lane "$name" run_full rust-test.sh 180 "$images" "$test"
+  else
+    report SKIP "$name:" "not built: guest-tests.sh does"
+  fi
+done
 
 have_images=''
 if prepare images "${full_lanes[@]}" qemu-6.12 qemu-7.2; then have_images=1; else full_lanes=(); fi
