@@ -135,11 +135,12 @@ pub(crate) struct ContentWriter<'a> {
 impl ContentWriter<'_> {
     /// Appends bytes.
     pub(crate) fn data(&mut self, mut bytes: &[u8]) -> Result<()> {
-        self.size_bytes += bytes.len() as u64;
         while !bytes.is_empty() {
             let room = PIECE_BYTES - self.spool.buffer.len();
             let (now, later) = bytes.split_at(bytes.len().min(room));
             self.spool.buffer.extend_from_slice(now);
+            // Not sooner: the length at its end is what numbers a piece.
+            self.size_bytes += now.len() as u64;
             bytes = later;
             if self.spool.buffer.len() == PIECE_BYTES {
                 self.end_piece()?;
@@ -274,6 +275,22 @@ mod tests {
         let mut back = vec![0; PIECE_BYTES];
         spool.read_at(&mut back, 0).unwrap();
         assert_eq!(back.iter().position(|byte| *byte == b'x'), Some(5));
+    }
+
+    #[test]
+    fn pieces_are_numbered_by_their_place_however_they_are_written() {
+        let mut spool = spool();
+        for step in [1000, 100_000, 3 * PIECE_BYTES] {
+            let mut writer = spool.write();
+            writer.zeros(CHUNK_BYTES + 5).unwrap();
+            for part in vec![7; 2 * PIECE_BYTES + 1].chunks(step) {
+                writer.data(part).unwrap();
+            }
+            let id = writer.finish().unwrap();
+            let content = spool.content(id);
+            let pieces: Vec<u32> = content.stored.iter().map(|piece| piece.piece).collect();
+            assert_eq!((pieces, content.piece_len_bytes(3)), (vec![1, 2, 3], 6), "{step} bytes at once");
+        }
     }
 
     #[test]

@@ -66,6 +66,37 @@ fn holes_take_no_room() {
     assert_eq!((plan.chunks(), plan.blocks), (1, CHUNK_BLOCKS));
 }
 
+/// The data of a sparse file begins at any block, so pieces end in the middle of what is read at once.
+#[test]
+fn sparse_files_are_whole_wherever_their_data_begins() {
+    let content = bytes(3, 1_000_010);
+    for hole in [4096, 65_536 + 512, 300_000] {
+        let (size, map) = ((hole + content.len()).to_string(), format!("{hole},{}", content.len()));
+        let pax = [("GNU.sparse.size", size.as_bytes()), ("GNU.sparse.map", map.as_bytes())];
+        let (layer, spool, plan) = lay_out(TarBuilder::default().pax(&pax).file("sparse", &content));
+        let raw = chunks(&spool, &plan).concat();
+        let data = file(&layer, "sparse");
+        let piece_bytes = CHUNK_BLOCKS as usize * BLOCK_SIZE;
+        let starts: Vec<Option<usize>> = match data.layout {
+            FileLayout::Contiguous(first) => (0..(hole + content.len()).div_ceil(piece_bytes))
+                .map(|piece| Some(first.block as usize * BLOCK_SIZE + piece * piece_bytes))
+                .collect(),
+            FileLayout::Chunked { blocks, .. } => {
+                blocks.iter().map(|block| block.map(|block| block.block as usize * BLOCK_SIZE)).collect()
+            }
+        };
+        let mut left = hole + content.len();
+        let mut read = Vec::new();
+        for start in starts {
+            let len = left.min(piece_bytes);
+            left -= len;
+            read.extend(start.map_or_else(|| vec![0; len], |start| raw[start..start + len].to_vec()));
+        }
+        assert_eq!(left, 0);
+        assert!(read == [vec![0; hole], content.clone()].concat(), "data after a hole of {hole} bytes");
+    }
+}
+
 #[test]
 fn equal_files_share_their_blocks() {
     let tar = TarBuilder::default().file("a", &bytes(1, 5000)).file("b", &bytes(1, 5000)).file("c", &bytes(2, 9));
