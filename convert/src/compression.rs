@@ -1,6 +1,6 @@
 //! Layers as they come: gzip, zstd or plain, told apart by their first bytes, because media types are often wrong.
 
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufReader, Cursor, Read};
 
 use crate::error::{Error, Result};
 
@@ -9,6 +9,9 @@ const INPUT_BYTES: usize = 128 << 10;
 
 /// Largest zstd window, as a power of two: 128 MiB, what `zstd -d` accepts without asking.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+
+/// Bytes that tell the compression: the longest magic number.
+const MAGIC_BYTES: usize = 6;
 
 /// How a stream is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +25,7 @@ pub(crate) enum Compression {
 }
 
 impl Compression {
-    /// Tells the compression from the first bytes; six are enough.
+    /// Tells the compression from the first [`MAGIC_BYTES`].
     ///
     /// # Errors
     /// `Unsupported` for compressions that container layers do not use.
@@ -49,8 +52,12 @@ impl<'a> Decompressor<'a> {
     /// As [`Compression::sniff`], and those of `input`.
     pub(crate) fn new(input: &'a mut dyn Read) -> Result<Self> {
         let mut input = BufReader::with_capacity(INPUT_BYTES, input);
-        let start = fill(&mut input).map_err(|error| Error::io("reading the layer", error))?;
-        let compression = Compression::sniff(start)?;
+        // As many as needed: a network may deliver the first byte alone.
+        let mut start = Vec::with_capacity(MAGIC_BYTES);
+        let sniffed = input.by_ref().take(MAGIC_BYTES as u64).read_to_end(&mut start);
+        sniffed.map_err(|error| Error::io("reading the layer", error))?;
+        let compression = Compression::sniff(&start)?;
+        let input = Cursor::new(start).chain(input);
         let inner: Box<dyn Read + 'a> = match compression {
             Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
             Compression::Zstd => {
@@ -63,19 +70,6 @@ impl<'a> Decompressor<'a> {
         };
         Ok(Self { compression, inner })
     }
-}
-
-/// Reads until there are some bytes: the first read of a stream may return few, but a magic number is never cut by a
-/// source that delivers at least a packet.
-fn fill<'a>(input: &'a mut BufReader<&mut dyn Read>) -> io::Result<&'a [u8]> {
-    loop {
-        match input.fill_buf() {
-            Ok(_) => break,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(input.buffer())
 }
 
 impl Read for Decompressor<'_> {
@@ -127,6 +121,23 @@ mod tests {
         let skippable = [&[0x5a, 0x2a, 0x4d, 0x18, 3, 0, 0, 0][..], b"abc"].concat();
         let stream = [skippable.clone(), frame(b"one"), skippable.clone(), frame(b"two"), skippable].concat();
         assert_eq!(decode(&stream).unwrap(), b"onetwo");
+    }
+
+    #[test]
+    fn the_magic_number_may_come_byte_by_byte() {
+        struct Trickle<'a>(&'a [u8]);
+        impl Read for Trickle<'_> {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                let want = buffer.len().min(1);
+                self.0.read(&mut buffer[..want])
+            }
+        }
+        for stored in [gzip(b"data"), zstd::bulk::compress(b"data", 3).unwrap(), b"data".to_vec()] {
+            let mut input = Trickle(&stored);
+            let mut decoded = Vec::new();
+            Decompressor::new(&mut input).unwrap().read_to_end(&mut decoded).unwrap();
+            assert_eq!(decoded, b"data");
+        }
     }
 
     #[test]
