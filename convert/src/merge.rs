@@ -80,21 +80,27 @@ impl Merge {
         if is_opaque(root) {
             self.clear(NodeId::ROOT);
         }
-        // Directories of the layer, each with the path of directories that it has in the merge.
-        let mut todo = vec![(NodeId::ROOT, vec![NodeId::ROOT])];
-        while let Some((from, to)) = todo.pop() {
-            let Some(entries) = upper.tree.entries(from) else { continue };
-            for (name, child) in entries {
-                let node = upper.tree.node(*child);
-                match &node.kind {
-                    Kind::CharDevice(DeviceNumber { major: 0, minor: 0 }) if !upper.plain_devices.contains(child) => {
-                        self.remove(last(&to), name);
-                    }
-                    Kind::Directory(_) => todo.push((*child, self.apply_directory(upper, *child, &to, name)?)),
-                    _ => {
-                        let id = self.add_leaf(upper, *child)?;
-                        self.tree.link(last(&to), name.clone(), id);
-                    }
+        // The directories of the layer from the root to here: what is left of their entries, and the path of directories
+        // that each has in the merge. Depth first, so that there is a path for each level, not for each directory.
+        let tree = upper.tree;
+        let entries_of = |directory: NodeId| tree.entries(directory).into_iter().flatten();
+        let mut open = vec![(entries_of(NodeId::ROOT), vec![NodeId::ROOT])];
+        while let Some((entries, to)) = open.last_mut() {
+            let Some((name, child)) = entries.next() else {
+                open.pop();
+                continue;
+            };
+            match &tree.node(*child).kind {
+                Kind::CharDevice(DeviceNumber { major: 0, minor: 0 }) if !upper.plain_devices.contains(child) => {
+                    self.remove(last(to), name);
+                }
+                Kind::Directory(_) => {
+                    let path = self.apply_directory(upper, *child, to, name)?;
+                    open.push((entries_of(*child), path));
+                }
+                _ => {
+                    let id = self.add_leaf(upper, *child)?;
+                    self.tree.link(last(to), name.clone(), id);
                 }
             }
         }

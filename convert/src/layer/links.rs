@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use ublkimg_image::{Kind, LowerLink, NodeId};
 
-use super::{LayerBuilder, Walk, for_each_path};
+use super::{LayerBuilder, NAME_BYTES_TOTAL_MAX, Walk, for_each_path};
 use crate::error::{Error, Result};
 use crate::path::{components, show};
 
@@ -67,7 +67,7 @@ impl LayerBuilder {
                 }
             }
         }
-        Ok(self.with_paths(lower))
+        self.with_paths(lower)
     }
 
     fn link(&mut self, place: Place, node: NodeId) -> Result<()> {
@@ -103,24 +103,30 @@ impl LayerBuilder {
     }
 
     /// Gives places their paths; those in directories that were replaced have none and drop out.
-    fn with_paths(&self, lower: BTreeMap<Place, Vec<u8>>) -> Vec<LowerLink> {
+    fn with_paths(&mut self, lower: BTreeMap<Place, Vec<u8>>) -> Result<Vec<LowerLink>> {
         let mut parents: HashMap<NodeId, Option<Vec<u8>>> = lower.keys().map(|(parent, _)| (*parent, None)).collect();
         if parents.is_empty() {
-            return Vec::new();
+            return Ok(Vec::new());
         }
+        let mut path_bytes = 0;
         for_each_path(&self.tree, |path, id, _| {
             if let Some(found) = parents.get_mut(&id) {
-                *found = Some(path.to_vec());
+                path_bytes += path.len();
+                if path_bytes <= NAME_BYTES_TOTAL_MAX {
+                    *found = Some(path.to_vec());
+                }
             }
         });
+        self.charge(path_bytes)?;
         let mut links = Vec::with_capacity(lower.len());
         for ((parent, name), target) in lower {
             if let Some(Some(parent)) = parents.get(&parent) {
                 let path = if parent.is_empty() { name } else { [parent, b"/".as_slice(), &name].concat() };
+                self.charge(path.len() + target.len())?;
                 links.push(LowerLink { path, target });
             }
         }
         links.sort_by(|left, right| left.path.cmp(&right.path));
-        links
+        Ok(links)
     }
 }

@@ -189,14 +189,21 @@ impl LayerBuilder {
             self.tree.node_mut(directory).meta.xattrs.insert(OPAQUE_XATTR.to_vec(), b"y".to_vec());
         }
         let mut record = MergeRecord { lower_links, ..MergeRecord::default() };
-        let mut plain_devices = Vec::new();
-        for_each_path(&self.tree, |path, id, node| match &node.kind {
-            Kind::Directory(_) if self.implied[id.index()] => record.implied_directories.push(path.to_vec()),
-            // Made by an entry, so not one of the whiteouts, which come below.
-            Kind::CharDevice(DeviceNumber { major: 0, minor: 0 }) => plain_devices.push(path.to_vec()),
-            _ => {}
+        let mut path_bytes = 0;
+        for_each_path(&self.tree, |path, id, node| {
+            let list = match &node.kind {
+                Kind::Directory(_) if self.implied[id.index()] => &mut record.implied_directories,
+                // Made by an entry, so not one of the whiteouts, which come below.
+                Kind::CharDevice(DeviceNumber { major: 0, minor: 0 }) => &mut record.plain_devices,
+                _ => return,
+            };
+            path_bytes += path.len();
+            // Links on the way make paths longer than the archive says.
+            if path_bytes <= NAME_BYTES_TOTAL_MAX {
+                list.push(path.to_vec());
+            }
         });
-        record.plain_devices = plain_devices;
+        self.charge(path_bytes)?;
         for (parent, name) in std::mem::take(&mut self.whiteouts) {
             let id = self.add_node(Meta::default(), Kind::CharDevice(DeviceNumber::default()), false);
             self.tree.link(parent, name, id);

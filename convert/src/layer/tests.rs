@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 
-use ublkimg_image::{DeviceNumber, Kind, LowerLink, NodeId};
+use ublkimg_image::{DeviceNumber, Kind, LowerLink, Meta, NodeId};
 
-use super::{Layer, OPAQUE_XATTR, for_each_path, read_tar};
+use super::{Layer, LayerBuilder, NAME_BYTES_TOTAL_MAX, OPAQUE_XATTR, for_each_path, read_tar};
 use crate::error::Result;
 use crate::spool::Spool;
 use crate::tar::builder::{HeaderBuilder, TarBuilder};
@@ -284,4 +284,27 @@ fn long_paths_and_names_have_limits() {
     }
     let archive = archive.file("l/l/l/f", b"");
     assert_eq!(error(archive).kind(), ErrorKind::BadSource);
+}
+
+/// A link makes each path below it as long as its target: what the record says of them is memory too.
+#[test]
+fn paths_that_links_make_long_are_counted() {
+    let deep = "deep/".repeat(500).into_bytes();
+    for hard_links in [false, true] {
+        let mut builder = LayerBuilder::new();
+        builder.add_leaf(&[b"l"], Meta::default(), Kind::Symlink(deep.clone())).unwrap();
+        builder.add_directory(&vec![b"deep".as_slice(); 500], Meta::default()).unwrap();
+        for number in 0..100 {
+            let name = format!("{number}");
+            let names = [b"l".as_slice(), name.as_bytes(), b"f"];
+            if hard_links {
+                builder.add_hard_link(&names, b"below").unwrap();
+            } else {
+                builder.directory(&names).unwrap();
+            }
+        }
+        builder.name_bytes = NAME_BYTES_TOTAL_MAX - 100_000;
+        let spool = Spool::new(&std::env::temp_dir()).unwrap();
+        assert_eq!(builder.finish(&spool).unwrap_err().kind(), ErrorKind::Unsupported);
+    }
 }
