@@ -8,7 +8,11 @@ pub(crate) const NAME_BYTES_MAX: usize = 255;
 /// Most bytes of a path. Twice what Linux takes in one call; deeper trees can only be walked step by step.
 pub(crate) const PATH_BYTES_MAX: usize = 8192;
 
-/// The names along `path`; empty for the root. Leading, repeated and trailing slashes and `.` mean nothing.
+/// What the name of a whiteout begins with; the name that it deletes follows.
+pub(crate) const WHITEOUT_PREFIX: &[u8] = b".wh.";
+
+/// The names along `path`; empty for the root. Leading, repeated and trailing slashes and `.` mean nothing. A whiteout
+/// may be longer than a name by its prefix: it never becomes a file.
 ///
 /// # Errors
 /// `BadSource` naming the entry for `..`, which could lead out of the image, and for names that are too long.
@@ -20,7 +24,8 @@ pub(crate) fn components(path: &[u8]) -> Result<Vec<&[u8]>> {
     if names.iter().any(|name| *name == b"..") {
         return Err(Error::bad_source(format!("entry {}: \"..\" leads out of the image", show(path))));
     }
-    if names.iter().any(|name| name.len() > NAME_BYTES_MAX) {
+    let is_long = |name: &&[u8]| name.strip_prefix(WHITEOUT_PREFIX).unwrap_or(name).len() > NAME_BYTES_MAX;
+    if names.iter().any(is_long) {
         return Err(Error::bad_source(format!("entry {}: a name is longer than {NAME_BYTES_MAX} bytes", show(path))));
     }
     Ok(names)

@@ -7,7 +7,7 @@ use ublkimg_image::{FileData, Kind, Meta};
 
 use super::{Layer, LayerBuilder};
 use crate::error::{Error, Result};
-use crate::path::{components, show};
+use crate::path::{WHITEOUT_PREFIX, components, show};
 use crate::spool::Spool;
 use crate::tar::{Entry, EntryKind, Piece, TarReader};
 
@@ -104,13 +104,13 @@ fn role<'a>(names: &[&'a [u8]]) -> Result<Role<'a>> {
     if parents.iter().any(|parent| parent.starts_with(b".wh..wh.")) {
         return Ok(Role::Ignored);
     }
-    if parents.iter().any(|parent| parent.starts_with(b".wh.")) {
+    if parents.iter().any(|parent| parent.starts_with(WHITEOUT_PREFIX)) {
         return Err(Error::bad_source("an entry below a whiteout"));
     }
-    match name.strip_prefix(b".wh.") {
+    match name.strip_prefix(WHITEOUT_PREFIX) {
         None => Ok(Role::Object),
         Some(b".wh..opq") => Ok(Role::Opaque),
-        Some(other) if other.starts_with(b".wh.") => Ok(Role::Ignored),
+        Some(other) if other.starts_with(WHITEOUT_PREFIX) => Ok(Role::Ignored),
         Some(b"" | b"." | b"..") => Err(Error::bad_source("a whiteout of nothing")),
         Some(name) => Ok(Role::Whiteout(name)),
     }

@@ -275,6 +275,11 @@ fn xattrs_are_kept_or_dropped_by_namespace() {
 #[test]
 fn long_paths_and_names_have_limits() {
     assert_eq!(error(tar().pax(&[("path", &[b'a'; 300])]).file("x", b"")).kind(), ErrorKind::BadSource);
+    // The longest name there is can be deleted.
+    let name = "n".repeat(255);
+    let whiteout = |name: &str| tar().pax(&[("path", format!("d/.wh.{name}").as_bytes())]).file("x", b"");
+    assert_eq!(shape(&layer(whiteout(&name))), format!("d/? d/{name}!"));
+    assert_eq!(error(whiteout(&format!("{name}n"))).kind(), ErrorKind::BadSource);
     assert_eq!(error(tar().pax(&[("linkpath", &[b'a'; 4096])]).symlink("x", "y")).kind(), ErrorKind::BadSource);
     // Links that lead ever deeper end somewhere.
     let deep = "x/".repeat(2000);
