@@ -83,6 +83,10 @@ impl Remote {
                 Ok(()) => return Ok(bytes.freeze()),
                 Err(failure) => backoff.wait(failure).await?,
             }
+            // An answer that went wrong after the last byte: there is no rest to ask for.
+            if bytes.len() as u64 >= end - start {
+                bytes.clear();
+            }
         }
     }
 

@@ -147,6 +147,23 @@ async fn impossible_answers_are_refused() {
 }
 
 #[tokio::test]
+async fn what_goes_wrong_after_the_last_byte_starts_over() {
+    for rest in ["1\r\nx\r\n0\r\n\r\n", ""] {
+        let (result, count) = read(move |request, number, bytes| {
+            if number > 0 {
+                assert_eq!(range_of(request), Some((100, 1100)));
+                return partial(request, bytes);
+            }
+            let body = [format!("{:x}\r\n", 1000).as_bytes(), &bytes[100..1100], b"\r\n", rest.as_bytes()].concat();
+            let headers = [("Content-Range", "bytes 100-1099/10000"), ("Transfer-Encoding", "chunked")];
+            answer(206, &headers, body).then(Then::Close)
+        })
+        .await;
+        assert_eq!((result.unwrap(), count), (expected().into(), 2));
+    }
+}
+
+#[tokio::test]
 async fn a_longer_body_than_the_range_is_refused() {
     let headers = [("Content-Range", "bytes 100-1099/10000")];
     let (result, count) = read(move |_, _, bytes| answer(206, &headers, &bytes[100..1101])).await;
