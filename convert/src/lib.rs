@@ -1,6 +1,6 @@
 //! From container image layers to layer blobs and a merged metadata image.
 //!
-//! [`convert`] reads an image from a registry, an OCI layout, an archive or a directory, and pushes the same image in a
+//! [`convert()`] reads an image from a registry, an OCI layout, an archive or a directory, and pushes the same image in a
 //! form that can be served lazily: one layer blob for each layer, one metadata blob for all of them, a manifest and an
 //! index. Per layer the bytes flow once, front to back, with bounded memory:
 //!
