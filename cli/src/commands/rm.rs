@@ -1,10 +1,12 @@
 //! `ublkimg rm`: unmount, stop, delete, in that order.
 //!
 //! Mounts in the caller's mount namespace are unmounted. A mount that is in use, one in another mount namespace, or a
-//! file system stacked on top (overlayfs) refuses the removal, unless `--force` is given.
+//! file system stacked on top (overlayfs) refuses the removal, unless `--force` is given. What is in use is looked at
+//! again for [`BUSY_PATIENCE`] first: a process that was just forked holds its parent's files until it calls exec, and
+//! udev opens a device for a moment.
 
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ublkimg_driver::daemon::protocol::{DeviceStatus, Request};
 use ublkimg_driver::daemon::{Directories, client};
@@ -17,14 +19,33 @@ use crate::args::{Global, Rm};
 /// Unmounting flushes nothing on a read-only file system: more time than this means that something hangs.
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long something that is in use may take to get out of it.
+const BUSY_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often it is looked at.
+const BUSY_POLL: Duration = Duration::from_millis(20);
+
 pub(super) fn run(global: &Global, command: &Rm) -> anyhow::Result<()> {
     let directories = super::directories(global)?;
     start_daemon_for_records(global, &directories)?;
     let device = status::find(&directories, &command.target)?;
-    unmount(&device, command.force)?;
-    let request = Request::Remove { name: device.name, force: command.force };
-    client::ask(&directories, &request, client::ANSWER_MARGIN)?;
+    let deadline = Instant::now() + BUSY_PATIENCE;
+    loop {
+        match remove(&directories, &device, command.force) {
+            Err(error) if is_busy(&error) && Instant::now() < deadline => std::thread::sleep(BUSY_POLL),
+            other => return other,
+        }
+    }
+}
+
+fn remove(directories: &Directories, device: &DeviceStatus, force: bool) -> anyhow::Result<()> {
+    unmount(device, force)?;
+    client::ask(directories, &Request::Remove { name: device.name.clone(), force }, client::ANSWER_MARGIN)?;
     Ok(())
+}
+
+fn is_busy(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Error>().is_some_and(|error| error.kind() == ErrorKind::Busy)
 }
 
 /// Devices of a daemon that died can only be removed by one that took them back.
