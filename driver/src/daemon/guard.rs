@@ -57,7 +57,9 @@ pub enum Outcome {
 /// The server cannot be kept up; its devices have then been deleted. The kind is that of the server's exit code.
 pub fn run(directories: &Directories, mut server_command: impl FnMut() -> Command) -> Result<Outcome> {
     directories.create().map_err(|(path, error)| Error::io(format!("cannot create {}", path.display()), error))?;
-    let Some(_lock) = lock(directories)? else { return Ok(Outcome::AlreadyRunning) };
+    let Some(lock) = lock(directories)? else { return Ok(Outcome::AlreadyRunning) };
+    // Until the process has ended, not only until this returns: that is what whoever waits for the lock waits for.
+    std::mem::forget(lock);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
