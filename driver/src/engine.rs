@@ -365,7 +365,10 @@ impl EngineThread {
 
     fn attach(&mut self, blobs: Vec<NewBlob>, attached: watch::Sender<()>) -> Result<Attached> {
         if self.images.len() >= IMAGES_MAX {
-            return Err(Error::new(ErrorKind::Busy, format!("{IMAGES_MAX} images are attached already")));
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("{IMAGES_MAX} images are attached, the most there can be: remove one first"),
+            ));
         }
         let image = ImageKey(self.next_image);
         self.next_image += 1;

@@ -23,7 +23,7 @@ use super::state::{DeviceRecord, Records, boot_id};
 use super::{Directories, listener, names, recovery};
 use crate::attach::{AttachOptions, attach};
 use crate::device::Prepared;
-use crate::engine::{Engine, IMAGES_MAX};
+use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::ServedImage;
 use crate::store::Store;
@@ -147,10 +147,6 @@ impl Server {
             return Err(Error::new(ErrorKind::Busy, text));
         }
         let transport = blocking(move || kernel::choose(request.transport)).await?;
-        if self.attached.lock().len() >= IMAGES_MAX {
-            let text = format!("{IMAGES_MAX} images are attached, which is the most there can be: remove one first");
-            return Err(Error::new(ErrorKind::Busy, text));
-        }
         let location: Location = parse_location(&request.reference)?;
         let mut options = options(request.plain_http, request.auth_file.clone(), request.read_timeout_ms);
         options.attach_deadline = Duration::from_millis(request.attach_timeout_ms);
