@@ -15,6 +15,7 @@ use ublkimg_registry::descriptor::{
 use ublkimg_registry::erofs_manifest::{ErofsManifest, LayerRef, MetadataRef, OS_FEATURE_EROFS};
 use ublkimg_registry::{BlobSource, ClientOptions, Digest, Location, Pushed, Repository};
 
+use crate::background;
 use crate::blob::{Blob, LayerBlob, from_image, write_layer_blob, write_metadata_blob};
 use crate::compression::Decompressor;
 use crate::config::Config;
@@ -166,7 +167,7 @@ async fn convert_layer(context: Arc<Context>, number: usize, layer: SourceLayer)
         let context = Arc::clone(&context);
         move || read_and_write(&context, number, &layer, input)
     };
-    let (source, source_bytes, written) = in_background(blocking).await?.map_err(|error| error.within(&name))?;
+    let (source, source_bytes, written) = background::run(blocking).await?.map_err(|error| error.within(&name))?;
     let LayerBlob { blob, index, metadata, record } = written;
     let task = context.task(Phase::Push, number);
     context.progress.start(&task, Some(blob.size_bytes));
@@ -294,7 +295,7 @@ async fn finish(
 ) -> Result<Summary> {
     let task = Task { phase: Phase::Finish, layer: None, layers: context.layers };
     context.progress.start(&task, None);
-    let (blob, converted, metadata_raw_bytes) = in_background({
+    let (blob, converted, metadata_raw_bytes) = background::run({
         let context = Arc::clone(context);
         move || write_metadata(&context, converted)
     })
@@ -413,13 +414,5 @@ impl<R: Read> Read for Watched<'_, R> {
         let count = self.inner.read(buffer)?;
         self.context.advance(self.task, count as u64)?;
         Ok(count)
-    }
-}
-
-async fn in_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(value) => Ok(value),
-        Err(stopped) if stopped.is_panic() => std::panic::resume_unwind(stopped.into_panic()),
-        Err(stopped) => Err(Error::new(ErrorKind::Io, "the program is shutting down").with_source(stopped)),
     }
 }

@@ -55,6 +55,10 @@ impl Error {
         Self::new(ErrorKind::Unsupported, message)
     }
 
+    pub(crate) fn damaged(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::VerificationFailed, message)
+    }
+
     /// An I/O error about `what`. A full disk gets its own kind; errors of this crate and of the registry that travelled
     /// through [`std::io::Read`] come back as what they were.
     pub(crate) fn io(what: impl Into<String>, cause: std::io::Error) -> Self {

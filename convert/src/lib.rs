@@ -18,6 +18,7 @@
 
 #![forbid(unsafe_code)]
 
+mod background;
 mod blob;
 mod compression;
 mod config;
@@ -33,6 +34,7 @@ mod place;
 mod progress;
 mod source;
 mod spool;
+mod stored_image;
 mod tar;
 
 pub use convert::{Options, Summary, convert};
@@ -40,3 +42,4 @@ pub use error::{Error, ErrorKind, Result};
 pub use export::export;
 pub use progress::{NoProgress, Phase, Progress, Task};
 pub use source::Source;
+pub use stored_image::StoredImage;
