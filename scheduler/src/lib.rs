@@ -9,6 +9,7 @@
 //! demand can find before it on the link is at most one window.
 #![forbid(unsafe_code)]
 
+pub mod bound;
 mod scheduler;
 mod streams;
 mod types;
