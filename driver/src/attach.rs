@@ -308,6 +308,7 @@ impl PreparedBlob {
         let index = bundled.index;
         let file = store.blob(Sha256(layer.index_digest.0), index.raw_len_blocks())?;
         let entry = |chunk: ublkimg_image::Chunk| ChunkEntry {
+            stored_offset_bytes: chunk.stored.start,
             // The index bounds a stored chunk to 260 KiB.
             stored_len_bytes: u32::try_from(chunk.stored.end - chunk.stored.start).unwrap_or(u32::MAX),
             present: is_present(&file, &index, chunk.index),

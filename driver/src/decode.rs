@@ -42,7 +42,7 @@ impl DecodeQueue {
     pub(crate) fn push(&self, job: DecodeJob) -> Result<(), TrySendError<DecodeJob>> {
         match job.class {
             Class::Demand => self.demand.try_send(job),
-            Class::ReadAhead => self.read_ahead.try_send(job),
+            Class::Trace | Class::ReadAhead | Class::Fill => self.read_ahead.try_send(job),
         }
     }
 }

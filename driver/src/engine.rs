@@ -20,7 +20,9 @@ use std::time::Instant;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use tokio::sync::{oneshot, watch};
 use ublkimg_image::{BLOCK_SIZE, ChunkIndex, Sha256};
-use ublkimg_scheduler::{Action, BlobKey, ChunkEntry, ChunkKey, Class, Counters, Event, Now, Scheduler, Ticket};
+use ublkimg_scheduler::{
+    Action, BlobKey, BlobKind, ChunkEntry, ChunkKey, Class, Counters, Event, ImageKey, LinkKey, Now, Scheduler, Ticket,
+};
 
 use crate::counters::ImageCounters;
 use crate::error::{Error, ErrorKind, Result};
@@ -43,9 +45,11 @@ const TOUCHES_MAX: usize = 1024;
 /// Every image is added once, removed once, and looked at by few.
 const CONTROLS_MAX: usize = 4 * IMAGES_MAX;
 
-/// Names an attached image in the engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct ImageKey(u32);
+/// All registries count as one, until images say which is theirs.
+const LINK: LinkKey = LinkKey(0);
+
+/// Who reads is not told yet.
+const ANY_IMAGE: ImageKey = ImageKey(u32::MAX);
 
 /// A layer blob of an image that is being attached.
 #[derive(Debug)]
@@ -281,7 +285,7 @@ impl EngineThread {
             crossbeam::select! {
                 recv(inbox.demanded) -> demand => if let Ok(demand) = demand { self.demand(demand); },
                 recv(inbox.completed) -> completion => if let Ok(completion) = completion { self.complete(completion); },
-                recv(inbox.touched) -> chunk => if let Ok(chunk) = chunk { self.step(Event::Touch { chunk }); },
+                recv(inbox.touched) -> chunk => if let Ok(chunk) = chunk { self.step(Event::Touch { image: ANY_IMAGE, chunk }); },
                 recv(inbox.controlled) -> control => match control {
                     Ok(Control::Attach { blobs, attached, reply }) => { let _ = reply.send(self.attach(blobs, attached)); }
                     Ok(Control::Detach { image }) => self.detach(image),
@@ -301,7 +305,7 @@ impl EngineThread {
     fn carry_out(&mut self, mut actions: Vec<Action>) {
         // Carrying out an action may add more.
         let mut done = 0;
-        while let Some(action) = actions.get(done).copied() {
+        while let Some(action) = actions.get(done).cloned() {
             done += 1;
             match action {
                 Action::Wake { ticket, outcome } => {
@@ -309,7 +313,12 @@ impl EngineThread {
                         parked.wake(outcome);
                     }
                 }
-                Action::Fetch { chunk, class, since } => self.fetch(chunk, class, since, &mut actions),
+                Action::Fetch { blob, chunks, class, since, .. } => {
+                    for chunk in chunks {
+                        self.fetch(ChunkKey { blob, chunk }, class, since, &mut actions);
+                    }
+                }
+                Action::WakeAt { .. } => {}
             }
         }
         actions.clear();
@@ -343,7 +352,7 @@ impl EngineThread {
         self.next_ticket += 1;
         self.waiters.insert(ticket, demand.parked);
         let misses = self.scheduler.counters().misses;
-        self.step(Event::Demand { ticket, chunks: &demand.chunks });
+        self.step(Event::Demand { image: ANY_IMAGE, ticket, chunks: &demand.chunks });
         let counters = &demand.counters;
         let counter = if self.scheduler.counters().misses > misses { &counters.misses } else { &counters.late_hits };
         counter.fetch_add(1, Ordering::Relaxed);
@@ -373,6 +382,7 @@ impl EngineThread {
         let image = ImageKey(self.next_image);
         self.next_image += 1;
         let blobs: Vec<BlobKey> = blobs.into_iter().map(|blob| self.add_blob(image, blob)).collect();
+        self.step(Event::AddImage { image, link: LINK });
         self.images.insert(image, Image { blobs: blobs.clone(), _attached: attached });
         Ok(Attached { image, blobs })
     }
@@ -389,7 +399,8 @@ impl EngineThread {
         self.next_blob += 1;
         self.blobs.insert(key, Blob { file: new.file, sources: vec![(image, new.source)] });
         self.by_index.insert(index, key);
-        self.step(Event::AddBlob { blob: key, chunks: &new.entries });
+        let kind = BlobKind::Layer;
+        self.step(Event::AddBlob { blob: key, link: LINK, kind, chunks: &new.entries });
         key
     }
 
@@ -404,5 +415,6 @@ impl EngineThread {
                 self.step(Event::RemoveBlob { blob: key });
             }
         }
+        self.step(Event::RemoveImage { image });
     }
 }

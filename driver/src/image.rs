@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ublkimg_image::{BLOCK_SIZE, ChunkIndex, DeviceMap, Target};
-use ublkimg_scheduler::{BlobKey, ChunkKey};
+use ublkimg_scheduler::{BlobKey, ChunkKey, ImageKey};
 
 use crate::counters::{ImageCounters, ImageStatistics};
-use crate::engine::{EngineHandle, ImageKey};
+use crate::engine::EngineHandle;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::BlobFile;
 

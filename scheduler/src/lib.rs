@@ -18,4 +18,7 @@ pub use scheduler::{
     Counters, DEMAND_CHUNKS_MAX, FAILURE_HOLD, FAILURES_MAX, READ_AHEAD_BYTES_MAX, READ_AHEAD_CHUNKS_MAX, Scheduler,
 };
 pub use streams::{STREAMS_MAX, WINDOW_BYTES_MAX, WINDOW_BYTES_MIN};
-pub use types::{Action, BlobKey, ChunkEntry, ChunkKey, Class, Event, Now, Ticket};
+pub use types::{
+    Action, BlobKey, BlobKind, ChunkEntry, ChunkKey, Class, Estimate, Event, FetchKey, FillMode, FillProgress,
+    ImageCounters, ImageKey, LinkKey, Now, PlanEntry, Ticket,
+};

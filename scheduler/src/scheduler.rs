@@ -3,7 +3,10 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::streams::Streams;
-use crate::types::{Action, BlobKey, ChunkEntry, ChunkKey, Class, Event, Now, Ticket};
+use crate::types::{
+    Action, BlobKey, ChunkEntry, ChunkKey, Class, Estimate, Event, FetchKey, FillProgress, ImageCounters, ImageKey,
+    LinkKey, Now, Ticket,
+};
 
 /// Demanded chunks fetched at the same time; more wait in order. Enough to hide a round trip behind every request of a
 /// queue that stalls on scattered chunks. With [`READ_AHEAD_CHUNKS_MAX`] it makes the 64 requests that the registry
@@ -94,6 +97,7 @@ pub struct Scheduler {
     /// How many entries of `waiters` each waiting request still has.
     tickets: BTreeMap<Ticket, usize>,
     streams: Streams,
+    next_fetch: u64,
     counters: Counters,
 }
 
@@ -107,12 +111,21 @@ impl Scheduler {
     /// Takes one event and appends what is to be done about it.
     pub fn step(&mut self, event: Event<'_>, now: Now, actions: &mut Vec<Action>) {
         match event {
-            Event::AddBlob { blob, chunks } => self.add_blob(blob, chunks),
+            // Plans, fill and the estimator are being built on these.
+            Event::AddImage { .. }
+            | Event::RemoveImage { .. }
+            | Event::SetPlan { .. }
+            | Event::SetFill { .. }
+            | Event::FirstByte { .. }
+            | Event::Arrived { .. }
+            | Event::Tick => {}
+            Event::AddBlob { blob, chunks, .. } => self.add_blob(blob, chunks),
             Event::RemoveBlob { blob } => self.remove_blob(blob, actions),
-            Event::Demand { ticket, chunks } => self.demand(ticket, chunks, now, actions),
-            Event::Touch { chunk } => self.access(chunk, now),
+            Event::Demand { ticket, chunks, .. } => self.demand(ticket, chunks, now, actions),
+            Event::Touch { chunk, .. } => self.access(chunk, now),
             Event::Fetched { chunk } => self.fetched(chunk, actions),
             Event::Failed { chunk, errno } => self.failed(chunk, errno, now, actions),
+            Event::Withdrawn { chunk } => self.fetched(chunk, actions),
             Event::Lost { chunk } => self.lost(chunk),
         }
         self.issue_demands(actions);
@@ -135,6 +148,27 @@ impl Scheduler {
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.tickets.len()
+    }
+
+    /// What is believed of a link; `None` while nothing was seen of it.
+    #[must_use]
+    pub fn estimate(&self, _link: LinkKey) -> Option<Estimate> {
+        None
+    }
+
+    /// What was believed of a link before: it need not be found out again.
+    pub fn seed_estimate(&mut self, _link: LinkKey, _estimate: Estimate) {}
+
+    /// What has been decided for an image; `None` if it is unknown.
+    #[must_use]
+    pub fn image_counters(&self, _image: ImageKey) -> Option<ImageCounters> {
+        None
+    }
+
+    /// How far the fill of an image is; `None` if it has none.
+    #[must_use]
+    pub fn fill_progress(&self, _image: ImageKey) -> Option<FillProgress> {
+        None
     }
 
     fn add_blob(&mut self, blob: BlobKey, chunks: &[ChunkEntry]) {
@@ -261,7 +295,7 @@ impl Scheduler {
         let flight = self.in_flight.remove(&chunk)?;
         match flight.class {
             Class::Demand => self.demand_in_flight -= 1,
-            Class::ReadAhead => {
+            Class::Trace | Class::ReadAhead | Class::Fill => {
                 self.read_ahead_in_flight -= 1;
                 self.read_ahead_in_flight_bytes -= u64::from(flight.stored_len_bytes);
             }
@@ -312,14 +346,17 @@ impl Scheduler {
         }
         match class {
             Class::Demand => self.demand_in_flight += 1,
-            Class::ReadAhead => {
+            Class::Trace | Class::ReadAhead | Class::Fill => {
                 self.read_ahead_in_flight += 1;
                 self.read_ahead_in_flight_bytes += u64::from(stored_len_bytes);
                 self.counters.read_ahead += 1;
                 self.counters.read_ahead_bytes += u64::from(stored_len_bytes);
             }
         }
-        actions.push(Action::Fetch { chunk, class, since });
+        let fetch = FetchKey(self.next_fetch);
+        self.next_fetch += 1;
+        let chunks = chunk.chunk..chunk.chunk + 1;
+        actions.push(Action::Fetch { fetch, blob: chunk.blob, chunks, class, since });
     }
 
     fn chunk(&self, key: ChunkKey) -> Option<&Chunk> {

@@ -5,11 +5,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::*;
+use crate::types::{BlobKind, ImageKey, LinkKey};
 
 const CHUNK_LEN_BYTES: u32 = 200 << 10;
 
 fn key(blob: u32, chunk: u32) -> ChunkKey {
     ChunkKey { blob: BlobKey(blob), chunk }
+}
+
+const IMAGE: ImageKey = ImageKey(0);
+
+fn entry(chunk: u64) -> ChunkEntry {
+    let stored_offset_bytes = chunk * u64::from(CHUNK_LEN_BYTES);
+    ChunkEntry { stored_offset_bytes, stored_len_bytes: CHUNK_LEN_BYTES, present: false }
 }
 
 /// A scheduler with blobs of `chunks` absent chunks each, and a way to feed it one event after another.
@@ -22,8 +30,9 @@ impl Rig {
     fn new(blobs: u32, chunks: usize) -> Self {
         let mut rig = Self { scheduler: Scheduler::new(), now: Now::ZERO };
         for blob in 0..blobs {
-            let chunks = vec![ChunkEntry { stored_len_bytes: CHUNK_LEN_BYTES, present: false }; chunks];
-            assert_eq!(rig.step(Event::AddBlob { blob: BlobKey(blob), chunks: &chunks }), []);
+            let chunks: Vec<ChunkEntry> = (0..chunks as u64).map(entry).collect();
+            let (link, kind) = (LinkKey(0), BlobKind::Layer);
+            assert_eq!(rig.step(Event::AddBlob { blob: BlobKey(blob), link, kind, chunks: &chunks }), []);
         }
         rig
     }
@@ -31,8 +40,8 @@ impl Rig {
     fn step(&mut self, event: Event<'_>) -> Vec<Action> {
         let mut actions = self.step_timed(event);
         for action in &mut actions {
-            if let Action::Fetch { since, .. } = action {
-                *since = Now::ZERO;
+            if let Action::Fetch { fetch, since, .. } = action {
+                (*fetch, *since) = (FetchKey(0), Now::ZERO);
             }
         }
         actions
@@ -46,12 +55,17 @@ impl Rig {
     }
 
     fn demand(&mut self, ticket: u64, chunks: &[ChunkKey]) -> Vec<Action> {
-        self.step(Event::Demand { ticket: Ticket(ticket), chunks })
+        self.step(Event::Demand { image: IMAGE, ticket: Ticket(ticket), chunks })
     }
 }
 
+fn fetch_at(chunk: ChunkKey, class: Class, since: Now) -> Action {
+    let chunks = chunk.chunk..chunk.chunk + 1;
+    Action::Fetch { fetch: FetchKey(0), blob: chunk.blob, chunks, class, since }
+}
+
 fn fetch(chunk: ChunkKey, class: Class) -> Action {
-    Action::Fetch { chunk, class, since: Now::ZERO }
+    fetch_at(chunk, class, Now::ZERO)
 }
 
 fn wake(ticket: u64, outcome: Result<(), i32>) -> Action {
@@ -87,7 +101,7 @@ fn a_chunk_that_just_failed_is_not_asked_for_again_at_once() {
     assert_eq!(rig.demand(2, &[key(0, 3)]), [wake(2, Err(5))]);
     assert_eq!(rig.demand(3, &[key(0, 4)]), [fetch(key(0, 4), Class::Demand)], "its neighbour is");
     for chunk in 0..10 {
-        rig.step(Event::Touch { chunk: key(0, chunk) });
+        rig.step(Event::Touch { image: IMAGE, chunk: key(0, chunk) });
     }
     assert!(!rig.scheduler.in_flight.contains_key(&key(0, 3)), "nor by read-ahead");
 }
@@ -95,14 +109,17 @@ fn a_chunk_that_just_failed_is_not_asked_for_again_at_once() {
 #[test]
 fn who_joined_a_failed_read_ahead_has_a_fetch_of_its_own() {
     let mut rig = Rig::new(1, 100);
-    rig.step(Event::Touch { chunk: key(0, 0) });
-    rig.step(Event::Touch { chunk: key(0, 1) });
-    let actions = rig.step(Event::Touch { chunk: key(0, 2) });
+    rig.step(Event::Touch { image: IMAGE, chunk: key(0, 0) });
+    rig.step(Event::Touch { image: IMAGE, chunk: key(0, 1) });
+    let actions = rig.step(Event::Touch { image: IMAGE, chunk: key(0, 2) });
     assert_eq!(actions[0], fetch(key(0, 3), Class::ReadAhead));
     let joined_at = rig.now + Now::from_micros(1);
     assert_eq!(rig.demand(1, &[key(0, 3)])[..1], [fetch(key(0, 5), Class::ReadAhead)]);
-    let actions = rig.step_timed(Event::Failed { chunk: key(0, 3), errno: 5 });
-    assert_eq!(actions, [Action::Fetch { chunk: key(0, 3), class: Class::Demand, since: joined_at }]);
+    let mut actions = rig.step_timed(Event::Failed { chunk: key(0, 3), errno: 5 });
+    if let Action::Fetch { fetch, .. } = &mut actions[0] {
+        *fetch = FetchKey(0);
+    }
+    assert_eq!(actions, [fetch_at(key(0, 3), Class::Demand, joined_at)]);
     assert_eq!(rig.step(Event::Failed { chunk: key(0, 3), errno: 5 })[0], wake(1, Err(5)));
 }
 
@@ -111,7 +128,7 @@ fn a_demand_that_joins_read_ahead_is_a_late_hit_and_does_not_stop_it() {
     let mut rig = Rig::new(1, 100);
     rig.demand(1, &[key(0, 0)]);
     rig.step(Event::Fetched { chunk: key(0, 0) });
-    rig.step(Event::Touch { chunk: key(0, 1) });
+    rig.step(Event::Touch { image: IMAGE, chunk: key(0, 1) });
     rig.demand(2, &[key(0, 2)]);
     let actions = rig.step(Event::Fetched { chunk: key(0, 2) });
     let ahead = [3, 4].map(|chunk| fetch(key(0, chunk), Class::ReadAhead));
@@ -126,7 +143,7 @@ fn a_demand_that_joins_read_ahead_is_a_late_hit_and_does_not_stop_it() {
 fn read_ahead_waits_while_a_demand_is_open_and_stays_inside_its_window() {
     let mut rig = Rig::new(2, 1000);
     for chunk in 0..50 {
-        rig.step(Event::Touch { chunk: key(0, chunk) });
+        rig.step(Event::Touch { image: IMAGE, chunk: key(0, chunk) });
     }
     assert_eq!(rig.scheduler.read_ahead_in_flight_bytes / u64::from(CHUNK_LEN_BYTES), 20, "4 MiB of 200 KiB chunks");
     assert_eq!(
@@ -210,7 +227,10 @@ impl Model {
     fn check(&mut self, actions: &[Action]) {
         for action in actions {
             match *action {
-                Action::Fetch { chunk, .. } => {
+                Action::WakeAt { .. } => {}
+                Action::Fetch { blob, ref chunks, .. } => {
+                    let chunk = ChunkKey { blob, chunk: chunks.start };
+                    assert_eq!(chunks.len(), 1);
                     assert!(!self.removed.contains(&chunk.blob), "{chunk:?} of a removed blob");
                     assert!(!self.present.contains(&chunk), "{chunk:?} is present");
                     assert!(self.flying.insert(chunk), "{chunk:?} is in flight");
@@ -253,9 +273,9 @@ proptest! {
                 Move::Demand(chunks) => {
                     let chunks: Vec<ChunkKey> = chunks.into_iter().map(|(blob, chunk)| key(blob, chunk)).collect();
                     model.waiting.insert(ticket, chunks.clone());
-                    rig.step(Event::Demand { ticket, chunks: &chunks })
+                    rig.step(Event::Demand { image: IMAGE, ticket, chunks: &chunks })
                 }
-                Move::Touch(blob, chunk) => rig.step(Event::Touch { chunk: key(blob, chunk) }),
+                Move::Touch(blob, chunk) => rig.step(Event::Touch { image: IMAGE, chunk: key(blob, chunk) }),
                 Move::Complete { which, well } => {
                     let Some(chunk) = nth(&model.flying, which) else { continue };
                     model.flying.remove(&chunk);
