@@ -3,6 +3,7 @@
 //! - [`tree`]: a file system tree in memory.
 //! - [`erofs`]: that tree as EROFS metadata, and back.
 //! - [`chunk_index`], [`merge_record`], [`bundle`]: what travels in the zstd skippable frames ([`zstd_frame`]) of a blob.
+//! - [`trace`], [`hot`]: the order in which a start reads blocks, and what vouches for those packed in that order.
 //! - [`device_map`]: which blob a block of the assembled device comes from.
 //!
 //! `FORMAT.md` at the root of the repository has the byte tables. Everything that is decoded here may come from a
@@ -16,9 +17,11 @@ mod cursor;
 pub mod device_map;
 pub mod erofs;
 mod error;
+pub mod hot;
 pub mod merge_record;
 mod path;
 mod sha256;
+pub mod trace;
 pub mod tree;
 pub mod zstd_frame;
 
@@ -29,8 +32,10 @@ pub use erofs::{
     DeviceGeometry, DeviceSlot, Geometry, flat_block0, read_geometry, read_tree, write_layer, write_merged,
 };
 pub use error::{Error, ErrorKind, Result};
+pub use hot::{HotFrame, HotLayout, HotTable};
 pub use merge_record::{LowerLink, MergeRecord};
 pub use sha256::{ParseSha256Error, Sha256};
+pub use trace::{Trace, TraceEntry, TraceHeader, TraceLog};
 pub use tree::{DataBlock, DeviceNumber, FileData, FileLayout, Kind, Meta, Node, NodeId, Space, Time, Tree};
 pub use zstd_frame::SkippableKind;
 
