@@ -7,15 +7,26 @@
 //! A trace may come from anywhere. What [`Trace::decode`] returns keeps the bounds below, whatever the bytes were: at most
 //! [`TRACE_ENTRIES_MAX`] entries, no block twice, no address out of a device, times whose sum fits 64 bits.
 
+mod atoms;
 mod coalesce;
 mod codec;
+mod diff;
+mod files;
 mod log;
+mod merge;
+mod paths;
 mod ranks;
 mod varint;
 
 pub use coalesce::{COALESCE_GAP_US, coalesce};
+pub use diff::{DiffRun, DiffSide, TraceDiff, diff};
+pub use files::{FileMap, FileUsage, TouchedFile};
 pub use log::{LOG_BATCH_ENTRIES_MAX, LogEnd, TraceLog};
+pub use merge::{MergeError, merge};
+pub use paths::{PathTrace, SkipReason, SkippedPath, from_paths};
 pub use ranks::{Ranks, TracedBlock};
+
+use std::collections::HashMap;
 
 use crate::{Error, MAX_BLOCKS, MAX_DEVICES, Result, Sha256};
 
@@ -216,5 +227,23 @@ pub fn command_digest(command: &[impl AsRef<str>]) -> Sha256 {
     Sha256::of(&bytes)
 }
 
+/// The blobs of an image for [`TraceHeader::blobs`], each once, and the number of each of `blobs` among them: an image may
+/// have the same layer twice.
+pub fn distinct_blobs(blobs: impl IntoIterator<Item = Sha256>) -> (Vec<Sha256>, Vec<u16>) {
+    let mut distinct = Vec::new();
+    let mut numbers = HashMap::new();
+    let number_of = blobs.into_iter().map(|blob| {
+        *numbers.entry(blob).or_insert_with(|| {
+            distinct.push(blob);
+            // An image has at most 1000.
+            u16::try_from(distinct.len() - 1).unwrap_or(u16::MAX)
+        })
+    });
+    let number_of = number_of.collect();
+    (distinct, number_of)
+}
+
+#[cfg(test)]
+mod operation_tests;
 #[cfg(test)]
 pub(crate) mod tests;
