@@ -11,6 +11,7 @@
 
 pub mod bound;
 mod scheduler;
+pub mod simulate;
 mod streams;
 mod types;
 
