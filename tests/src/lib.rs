@@ -13,5 +13,6 @@ pub mod oci_layout;
 pub mod registry;
 pub mod sample_image;
 pub mod skip;
+pub mod start;
 pub mod tar;
 pub mod temp_root;

@@ -2,11 +2,6 @@
 //! once through `ublkimg add`, over the same shaped link to a registry in this process. Ends with a table, and with exit
 //! code 1 if a container failed or if the lazy start fetched a large part of the image after all.
 
-mod classic;
-mod cleanup;
-mod container;
-mod lazy;
-mod push;
 mod table;
 
 use std::path::{Path, PathBuf};
@@ -20,10 +15,11 @@ use clap::Parser;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use ublkimg_tests::registry::{Config, LinkConfig, TestRegistry};
+use ublkimg_tests::start::cleanup::Mount;
+use ublkimg_tests::start::container::{Bundle, Ready};
+use ublkimg_tests::start::program::Ublkimg;
+use ublkimg_tests::start::{classic, push};
 
-use cleanup::Mount;
-use container::Bundle;
-use lazy::Ublkimg;
 use table::{Figures, Reads, Table};
 
 /// A start that fetches this share of the layers is not lazy. `import numpy` needs about a quarter of the demo's image.
@@ -152,7 +148,7 @@ impl Demo {
         self.cold();
         let began = Instant::now();
         let mount_point = self.work.join("lazy/image");
-        let attached = self.ublkimg.add(image, "demo", &mount_point, &self.arguments.transport)?;
+        let attached = self.ublkimg.add(image, "demo", &mount_point, &["--transport", &self.arguments.transport])?;
         let figures = self.start(&bundle, "lazy", &[&attached.mount_point], began)?;
         let status = self.ublkimg.status("demo")?;
         let count = |name: &str| {
@@ -170,7 +166,7 @@ impl Demo {
         let _scratch = Mount::tmpfs(&scratch, SCRATCH_MB)?;
         let _rootfs = Mount::overlay(&bundle.rootfs(), lower, &scratch)?;
         let prepare = began.elapsed();
-        let run = bundle.run(&format!("ublkimg-demo-{name}-{}", std::process::id()), CONTAINER_LIMIT)?;
+        let run = bundle.run(&format!("ublkimg-demo-{name}-{}", std::process::id()), Ready::Exit, CONTAINER_LIMIT)?;
         let stats = self.registry.stats();
         Ok(Figures {
             prepare,

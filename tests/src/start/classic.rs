@@ -16,7 +16,11 @@ use ublkimg_registry::{ClientOptions, Location, Repository};
 const PARALLEL_DOWNLOADS: usize = 3;
 
 /// Pulls the image and unpacks it below `dir`: the layers' directories, lowest first, ready to be an overlay's lower ones.
-pub(crate) async fn pull(location: &Location, dir: &Path) -> Result<Vec<PathBuf>> {
+///
+/// # Errors
+///
+/// The registry does not answer, or tar fails.
+pub async fn pull(location: &Location, dir: &Path) -> Result<Vec<PathBuf>> {
     let repository = Repository::open(location, &ClientOptions::default()).await?;
     let manifest: Manifest = serde_json::from_slice(&repository.resolve().await?.bytes)?;
     std::fs::create_dir_all(dir)?;

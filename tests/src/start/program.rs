@@ -6,26 +6,26 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-use crate::cleanup::Finally;
+use super::cleanup::Finally;
 
-/// The program under demonstration, with a store and a daemon of its own.
+/// The program, with a store and a daemon of its own.
 #[derive(Debug, Clone)]
-pub(crate) struct Ublkimg {
+pub struct Ublkimg {
     /// The binary.
-    pub(crate) program: PathBuf,
+    pub program: PathBuf,
     /// `--root`: the store.
-    pub(crate) root: PathBuf,
+    pub root: PathBuf,
     /// `--run-dir`: sockets and state.
-    pub(crate) run_dir: PathBuf,
+    pub run_dir: PathBuf,
 }
 
 /// An attached and mounted image; detached with the value, and the daemon after it.
 #[derive(Debug)]
-pub(crate) struct Attached {
+pub struct Attached {
     /// The block device, `/dev/ublkb0` or a loop device.
-    pub(crate) device: String,
+    pub device: String,
     /// Where it is mounted.
-    pub(crate) mount_point: PathBuf,
+    pub mount_point: PathBuf,
     // in this order
     _detach: Finally,
     _stop_daemon: Finally,
@@ -33,21 +33,31 @@ pub(crate) struct Attached {
 
 impl Ublkimg {
     /// `ublkimg convert`.
-    pub(crate) fn convert(&self, source: &str, destination: &str) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// As [`Ublkimg::call`].
+    pub fn convert(&self, source: &str, destination: &str) -> Result<()> {
         let tmpdir = self.run_dir.join("tmp");
         std::fs::create_dir_all(&tmpdir)?;
         let tmpdir = tmpdir.to_str().context("a path that is not UTF-8")?;
         self.call(&["convert", "--tmpdir", tmpdir, source, destination]).map(|_stdout| ())
     }
 
-    /// `ublkimg add --mount`.
-    pub(crate) fn add(&self, reference: &str, name: &str, mount_point: &Path, transport: &str) -> Result<Attached> {
+    /// `ublkimg add --mount` with more options.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ublkimg::call`].
+    pub fn add(&self, reference: &str, name: &str, mount_point: &Path, options: &[&str]) -> Result<Attached> {
         std::fs::create_dir_all(mount_point)?;
         let mut stop = self.command();
         stop.args(["daemon", "--stop"]);
         let stop_daemon = Finally::run(stop);
         let dir = mount_point.to_str().context("a path that is not UTF-8")?;
-        let stdout = self.call(&["add", reference, "--name", name, "--mount", dir, "--transport", transport])?;
+        let mut arguments = vec!["add", reference, "--name", name, "--mount", dir];
+        arguments.extend(options);
+        let stdout = self.call(&arguments)?;
         let mut remove = self.command();
         remove.args(["rm", name]);
         let detach = Finally::run(remove);
@@ -60,12 +70,21 @@ impl Ublkimg {
     }
 
     /// `ublkimg status NAME --json`.
-    pub(crate) fn status(&self, name: &str) -> Result<Value> {
+    ///
+    /// # Errors
+    ///
+    /// As [`Ublkimg::call`], or it is no JSON.
+    pub fn status(&self, name: &str) -> Result<Value> {
         let stdout = self.call(&["status", name, "--json"])?;
         serde_json::from_str(&stdout).with_context(|| format!("status printed {stdout:?}"))
     }
 
-    fn call(&self, args: &[&str]) -> Result<String> {
+    /// Runs it with these arguments; returns what it printed.
+    ///
+    /// # Errors
+    ///
+    /// It does not end with 0.
+    pub fn call(&self, args: &[&str]) -> Result<String> {
         let mut command = self.command();
         command.args(args);
         let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;

@@ -1,4 +1,4 @@
-//! What the demo leaves on the machine while it runs, each a value whose end takes it away again, also after an error.
+//! What a start leaves on the machine while it runs, each a value whose end takes it away again, also after an error.
 
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
@@ -9,18 +9,26 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 /// A mount; gone with the value.
 #[derive(Debug)]
-pub(crate) struct Mount {
+pub struct Mount {
     target: PathBuf,
 }
 
 impl Mount {
     /// An empty file system in memory, at most `size_mb` MiB.
-    pub(crate) fn tmpfs(target: &Path, size_mb: u32) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// Not root.
+    pub fn tmpfs(target: &Path, size_mb: u32) -> Result<Self> {
         Self::new("tmpfs", target, "tmpfs", &format!("size={size_mb}m,mode=755"))
     }
 
     /// A writable view of the read-only `lower` directories, the topmost first; what is written lies below `scratch`.
-    pub(crate) fn overlay(target: &Path, lower: &[&Path], scratch: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// Not root, or `scratch` lies where overlayfs cannot write.
+    pub fn overlay(target: &Path, lower: &[&Path], scratch: &Path) -> Result<Self> {
         let upper = scratch.join("upper");
         let work = scratch.join("work");
         std::fs::create_dir_all(&upper)?;
@@ -42,7 +50,7 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         if let Err(error) = unmount(&self.target, UnmountFlags::empty()) {
-            eprintln!("demo: cannot unmount {}: {error}", self.target.display());
+            eprintln!("cannot unmount {}: {error}", self.target.display());
             // Better out of sight than in the way of the next run.
             let _ = unmount(&self.target, UnmountFlags::DETACH);
         }
@@ -51,19 +59,19 @@ impl Drop for Mount {
 
 /// A command to run at the end, such as the deletion of a container.
 #[derive(Debug)]
-pub(crate) struct Finally {
+pub struct Finally {
     command: Command,
     must_succeed: bool,
 }
 
 impl Finally {
     /// Runs `command` when the value goes; a failure is reported.
-    pub(crate) fn run(command: Command) -> Self {
+    pub fn run(command: Command) -> Self {
         Self { command, must_succeed: true }
     }
 
     /// Runs `command` when the value goes; it may well have nothing left to do.
-    pub(crate) fn attempt(command: Command) -> Self {
+    pub fn attempt(command: Command) -> Self {
         Self { command, must_succeed: false }
     }
 }
@@ -75,9 +83,9 @@ impl Drop for Finally {
             Ok(output) if output.status.success() || !self.must_succeed => {}
             Ok(output) => {
                 let said = String::from_utf8_lossy(&output.stderr);
-                eprintln!("demo: {:?} ended with {}: {}", self.command, output.status, said.trim_end());
+                eprintln!("{:?} ended with {}: {}", self.command, output.status, said.trim_end());
             }
-            Err(error) => eprintln!("demo: cannot run {:?}: {error}", self.command),
+            Err(error) => eprintln!("cannot run {:?}: {error}", self.command),
         }
     }
 }

@@ -7,7 +7,11 @@ use ublkimg_registry::descriptor::Manifest;
 use ublkimg_registry::{BlobSource, ClientOptions, Location, Repository};
 
 /// Pushes the image tagged "latest" in the layout `dir` to `destination`; returns the sum of its layers' sizes in bytes.
-pub(crate) async fn layout(dir: &Path, destination: &Location) -> Result<u64> {
+///
+/// # Errors
+///
+/// There is no such image, or the registry refuses it.
+pub async fn layout(dir: &Path, destination: &Location) -> Result<u64> {
     let location = Location::Layout { dir: dir.to_owned(), tag: Some("latest".to_owned()) };
     let source = Repository::open(&location, &ClientOptions::default()).await?;
     let target = Repository::open(destination, &ClientOptions::default()).await?;
