@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use futures_util::stream::{self, BoxStream, StreamExt, TryStreamExt};
+use futures_util::stream::{self, BoxStream, Stream, StreamExt, TryStreamExt};
 use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncBufRead, AsyncRead, ReadBuf};
 use tokio_util::io::{ReaderStream, StreamReader};
@@ -46,6 +46,39 @@ impl BlobReader {
         let pieces = ReaderStream::with_capacity(file, FILE_READ_BYTES)
             .map_err(move |cause| Error::io(format_args!("reading blob {digest}"), cause));
         Self::verified(pieces.boxed(), digest, size_bytes)
+    }
+}
+
+/// One range of a blob as a stream of pieces, **not** verified against a digest. Pieces are never empty; together they
+/// are exactly the range. After an error the stream is over.
+pub struct RangeStream(BoxStream<'static, Result<Bytes>>);
+
+impl RangeStream {
+    pub(crate) fn new(pieces: BoxStream<'static, Result<Bytes>>) -> Self {
+        Self(pieces)
+    }
+
+    /// The next piece, `None` at the end of the range. Nothing is read before it is asked for. Safe to give up at any time;
+    /// no byte is lost by that.
+    ///
+    /// # Errors
+    /// As [`crate::Repository::blob_range`].
+    pub async fn next(&mut self) -> Option<Result<Bytes>> {
+        self.0.next().await
+    }
+}
+
+impl Stream for RangeStream {
+    type Item = Result<Bytes>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.as_mut().poll_next(cx)
+    }
+}
+
+impl fmt::Debug for RangeStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RangeStream").finish_non_exhaustive()
     }
 }
 

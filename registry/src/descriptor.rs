@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{Digest, Error, ErrorKind};
@@ -22,6 +25,11 @@ pub const MEDIA_TYPE_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 pub const MEDIA_TYPE_DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 /// Media type of Docker's manifest list.
 pub const MEDIA_TYPE_DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+
+/// Media type of the two bytes `{}`, which stand where an artifact has no config.
+pub const MEDIA_TYPE_EMPTY: &str = "application/vnd.oci.empty.v1+json";
+/// Most bytes of content inside a descriptor: as base64 a third of what registries take as a manifest.
+pub const INLINE_BYTES_MAX: usize = 1 << 20;
 
 /// A reference to content by digest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,9 +54,43 @@ pub struct Descriptor {
     /// Places outside the registry to get the content from ("foreign" layers).
     #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
     pub urls: Vec<String>,
+    /// The content itself as base64, to save a request. Unchecked: [`Descriptor::inline`] reads it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
 }
 
 impl Descriptor {
+    /// The descriptor of some content.
+    #[must_use]
+    pub fn of(media_type: &str, content: &[u8]) -> Self {
+        Self::new(media_type, Digest::of(content), content.len() as u64)
+    }
+
+    /// The same with the content inside, when it is not above [`INLINE_BYTES_MAX`].
+    #[must_use]
+    pub fn of_inline(media_type: &str, content: &[u8]) -> Self {
+        let data = (content.len() <= INLINE_BYTES_MAX).then(|| STANDARD.encode(content));
+        Self { data, ..Self::of(media_type, content) }
+    }
+
+    /// The content, where the descriptor carries it: has the size and the digest that the descriptor states.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TooLarge`] above [`INLINE_BYTES_MAX`]; [`ErrorKind::Corrupt`] when it is something else.
+    pub fn inline(&self) -> Result<Option<Bytes>, Error> {
+        let Some(text) = &self.data else { return Ok(None) };
+        let fail =
+            |kind, why: &str| Error::new(kind, format!("the data inside the descriptor of {}: {why}", self.digest));
+        if text.len() > INLINE_BYTES_MAX.div_ceil(3) * 4 || self.size > INLINE_BYTES_MAX as u64 {
+            return Err(fail(ErrorKind::TooLarge, "more than 1 MiB"));
+        }
+        let content = STANDARD.decode(text).map_err(|_| fail(ErrorKind::Corrupt, "not base64"))?;
+        if content.len() as u64 != self.size || Digest::of(&content) != self.digest {
+            return Err(fail(ErrorKind::Corrupt, "other bytes than the descriptor names"));
+        }
+        Ok(Some(content.into()))
+    }
+
     /// A descriptor without annotations.
     #[must_use]
     pub fn new(media_type: &str, digest: Digest, size: u64) -> Self {
@@ -60,6 +102,7 @@ impl Descriptor {
             platform: None,
             artifact_type: None,
             urls: Vec::new(),
+            data: None,
         }
     }
 }
@@ -186,6 +229,16 @@ pub struct Index {
     pub annotations: BTreeMap<String, String>,
 }
 
+impl Index {
+    /// Reads an index.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for malformed JSON.
+    pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
+        serde_json::from_slice(bytes).map_err(|error| Error::new(ErrorKind::Invalid, format!("image index: {error}")))
+    }
+}
+
 /// Some tools write `null` where the specification says to leave a field out.
 fn null_is_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
@@ -241,5 +294,31 @@ mod tests {
         );
         let descriptor: Descriptor = serde_json::from_str(&text).unwrap();
         assert!(descriptor.annotations.is_empty() && descriptor.urls.is_empty());
+    }
+
+    #[test]
+    fn content_inside_is_the_content_named() {
+        let descriptor = Descriptor::of_inline(MEDIA_TYPE_EMPTY, b"{}");
+        let text = serde_json::to_string(&descriptor).unwrap();
+        assert!(text.ends_with(r#""size":2,"data":"e30="}"#), "{text}");
+        let read: Descriptor = serde_json::from_str(&text).unwrap();
+        assert_eq!(read.inline().unwrap().unwrap(), "{}");
+        assert_eq!(Descriptor::of(MEDIA_TYPE_EMPTY, b"{}").inline().unwrap(), None);
+    }
+
+    #[test]
+    fn other_content_inside_is_refused() {
+        let good = Descriptor::of_inline("m", b"content");
+        for data in ["", "e30=", "Y29udGVudA", "Y29udGVudA==x", "Y29udGVuVA==", "\u{e9}"] {
+            let bad = Descriptor { data: Some(data.to_owned()), ..good.clone() };
+            assert_eq!(bad.inline().unwrap_err().kind(), ErrorKind::Corrupt, "{data}");
+        }
+        assert_eq!(Descriptor { size: 8, ..good.clone() }.inline().unwrap_err().kind(), ErrorKind::Corrupt);
+        let large = Descriptor { data: Some("A".repeat(2 << 20)), ..good.clone() };
+        assert_eq!(large.inline().unwrap_err().kind(), ErrorKind::TooLarge);
+        assert_eq!(Descriptor { size: u64::MAX, ..good }.inline().unwrap_err().kind(), ErrorKind::TooLarge);
+        let most = vec![7; INLINE_BYTES_MAX];
+        assert_eq!(Descriptor::of_inline("m", &most).inline().unwrap().unwrap(), most);
+        assert_eq!(Descriptor::of_inline("m", &vec![7; INLINE_BYTES_MAX + 1]).data, None);
     }
 }

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::descriptor::{Descriptor, Index, MEDIA_TYPE_MANIFEST, Manifest, Platform};
-use crate::{Digest, Error, ErrorKind};
+use crate::{Digest, Error, ErrorKind, profile};
 
 /// Media type of zstd frames that decompress to an EROFS image.
 pub const MEDIA_TYPE_EROFS_ZSTD: &str = "application/vnd.erofs+zstd";
@@ -198,11 +198,12 @@ impl MetadataRef {
 /// [`ErrorKind::Invalid`] for malformed JSON, [`ErrorKind::NotOurs`] when the index lists ordinary manifests only,
 /// [`ErrorKind::NotFound`] when it lists EROFS manifests, but none for `platform`.
 pub fn choose(index_bytes: &[u8], platform: &Platform) -> Result<Descriptor, Error> {
-    let index: Index = serde_json::from_slice(index_bytes)
-        .map_err(|error| Error::new(ErrorKind::Invalid, format!("image index: {error}")))?;
+    let index = Index::parse(index_bytes)?;
     let ours: Vec<(&Descriptor, &Platform)> = index
         .manifests
         .iter()
+        // A profile is no image, whatever platform it states.
+        .filter(|manifest| manifest.artifact_type.as_deref() != Some(profile::ARTIFACT_TYPE))
         .filter_map(|manifest| manifest.platform.as_ref().map(|platform| (manifest, platform)))
         .filter(|(_, have)| have.os_features.iter().any(|feature| feature == OS_FEATURE_EROFS))
         .collect();

@@ -27,13 +27,14 @@ pub mod erofs_manifest;
 mod error;
 mod layout;
 mod options;
+pub mod profile;
 mod reference;
 mod remote;
 mod repository;
 mod retry;
 mod transport;
 
-pub use blob::{BlobReader, BlobSource};
+pub use blob::{BlobReader, BlobSource, RangeStream};
 pub use digest::Digest;
 pub use error::{Error, ErrorKind, Result};
 /// The JSON documents of the OCI image specification.

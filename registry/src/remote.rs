@@ -1,7 +1,7 @@
 //! A repository in an OCI distribution registry (OCI distribution spec 1.1).
 //!
 //! `call` sends a request to the registry's own host with its authorization; `get` also follows redirects, without it;
-//! everything else is built on the two. Reads of blobs are in `blob_read`, pushes in `push`.
+//! everything else is built on the two. Reads of blobs are in `blob_read` and `blob_stream`, pushes in `push`.
 
 use bytes::Bytes;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
@@ -20,6 +20,7 @@ use crate::retry::{Backoff, Failure};
 use crate::transport::Transport;
 
 mod blob_read;
+mod blob_stream;
 mod push;
 mod routes;
 

@@ -4,14 +4,18 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::stream::{self, BoxStream, StreamExt};
 
-use crate::blob::{BlobReader, BlobSource};
+use crate::blob::{BlobReader, BlobSource, RangeStream};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::options::ClientOptions;
 use crate::reference::Location;
 use crate::remote::Remote;
+
+/// A piece of a range that is streamed from a file: one read on a blocking thread.
+const PIECE_BYTES: u64 = 1 << 20;
 
 /// An image repository: manifests and blobs by digest, and the manifest that the location names.
 ///
@@ -106,6 +110,21 @@ impl Repository {
         }
     }
 
+    /// The same for a long range, as a stream that is read only as fast as it is pulled. After a broken connection it asks
+    /// for the missing rest. Nothing is asked before the first pull; what would be an error here is the stream's first item.
+    #[must_use]
+    pub fn blob_stream(&self, digest: &Digest, range: Range<u64>) -> RangeStream {
+        let digest = *digest;
+        if range.start > range.end {
+            let error = Error::invalid(format!("range {}..{} of blob {digest}", range.start, range.end));
+            return RangeStream::new(stream::iter([Err(error)]).boxed());
+        }
+        match &self.0 {
+            Inner::Layout(layout) => RangeStream::new(layout_stream(layout.clone(), digest, range)),
+            Inner::Remote(remote) => RangeStream::new(Remote::blob_stream(remote, digest, range)),
+        }
+    }
+
     /// A whole blob from its start. The reader resumes after a broken connection, and fails at the end, instead of
     /// reporting the end, when the bytes are not `size_bytes` long or do not have the digest.
     ///
@@ -174,6 +193,21 @@ impl Repository {
             Inner::Remote(remote) => remote.push_manifest(media_type, bytes, tag).await,
         }
     }
+}
+
+fn layout_stream(layout: Layout, digest: Digest, range: Range<u64>) -> BoxStream<'static, Result<Bytes>> {
+    let pieces = stream::try_unfold(range.start, move |at| {
+        let (layout, end) = (layout.clone(), range.end);
+        async move {
+            if at >= end {
+                return Ok(None);
+            }
+            let next = end.min(at + PIECE_BYTES);
+            let piece = blocking(&layout, move |layout| layout.blob_range(&digest, at..next)).await?;
+            Ok(Some((piece, next)))
+        }
+    });
+    pieces.boxed()
 }
 
 /// Runs file work where it may block.

@@ -75,6 +75,11 @@ impl Backoff {
         Ok(permit)
     }
 
+    /// This much time is not the request's.
+    pub(crate) fn discount(&mut self, time: Duration) {
+        self.started += time;
+    }
+
     /// The last attempt got somewhere: what fails now is a new trouble.
     pub(crate) fn progressed(&mut self) {
         *self = Self::new(self.deadline);

@@ -1,4 +1,4 @@
-//! Reading blobs: exact ranges, and whole blobs from start to end.
+//! Reading blobs: exact ranges. Long reads are in `blob_stream`.
 //!
 //! A range is answered by `206` with exactly the `Content-Range` that was asked for; anything else is refused, except the
 //! one lawful alternative, `200` with the whole blob: of that the wanted slice is cut out of the stream, as long as not too
@@ -6,34 +6,29 @@
 //! missing rest is asked for. The end of a blob is never exceeded by this module; callers know its size from the manifest.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::stream::{self, StreamExt};
 use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Method, Response, StatusCode};
 use tokio::time::timeout;
 
 use super::Remote;
 use crate::auth::Scope;
-use crate::blob::BlobReader;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::retry::{Backoff, Failure};
+use crate::retry::Failure;
 
 /// From a registry that ignores `Range`, this much is read and thrown away for a slice, no more: reading on demand would
 /// cost more than the classic pull, and the user should know.
 const MAX_SKIPPED_BYTES: u64 = 64 << 20;
 /// The first allocation for a range; the rest only as bytes arrive, since a manifest can claim any size.
 const FIRST_CAPACITY_BYTES: u64 = 1 << 20;
-/// A whole-blob stream that brought less than this before it broke did not get anywhere: its time and pauses run on.
-const PROGRESS_BYTES: u64 = 256 << 10;
-const SHORT: &str = "the answer ended early";
+pub(super) const SHORT: &str = "the answer ended early";
 
 /// How much of an open body is wanted: after `skip_bytes`.
-struct Body {
-    response: Response,
-    skip_bytes: u64,
+pub(super) struct Body {
+    pub(super) response: Response,
+    pub(super) skip_bytes: u64,
 }
 
 impl Remote {
@@ -93,12 +88,6 @@ impl Remote {
     /// Appends the range to `bytes`, or as much of it as came.
     async fn range_attempt(&self, digest: &Digest, range: Range<u64>, bytes: &mut BytesMut) -> Result<(), Failure> {
         let mut body = self.open_range(digest, &range).await?;
-        if body.skip_bytes > MAX_SKIPPED_BYTES {
-            let registry = self.reference.registry();
-            return Err(
-                Error::invalid(format!("registry {registry} ignores byte ranges (whole blob {digest} sent)")).into()
-            );
-        }
         let whole = body.response.status() == StatusCode::OK;
         let limit = self.transport.time_for(body.skip_bytes + range.end - range.start);
         let target = bytes.len() as u64 + (range.end - range.start);
@@ -124,31 +113,9 @@ impl Remote {
         }
     }
 
-    /// A stream over the whole blob; `remote` lives as long as it.
-    pub(crate) async fn blob(remote: &Arc<Self>, digest: Digest, size_bytes: u64) -> Result<BlobReader> {
-        let backoff = remote.backoff();
-        let mut stream = BlobStream {
-            remote: Arc::clone(remote),
-            digest,
-            size_bytes,
-            offset_bytes: 0,
-            body: None,
-            backoff,
-            since: 0,
-        };
-        if size_bytes > 0 {
-            stream.open().await?;
-        }
-        let pieces = stream::try_unfold(stream, |mut stream| async move {
-            let piece = stream.next().await?;
-            Ok(piece.map(|piece| (piece, stream)))
-        });
-        Ok(BlobReader::verified(pieces.boxed(), digest, size_bytes))
-    }
-
     /// The answer to a range, checked as far as its head goes. A remembered storage address is tried first; when the
     /// storage no longer takes it, the registry is asked for a new one, once.
-    async fn open_range(&self, digest: &Digest, range: &Range<u64>) -> Result<Body, Failure> {
+    pub(super) async fn open_range(&self, digest: &Digest, range: &Range<u64>) -> Result<Body, Failure> {
         let mut headers = HeaderMap::from_iter([(ACCEPT_ENCODING, HeaderValue::from_static("identity"))]);
         let value = HeaderValue::from_str(&format!("bytes={}-{}", range.start, range.end - 1))
             .map_err(|cause| Error::invalid("a range that HTTP does not allow").with_source(cause))?;
@@ -157,12 +124,17 @@ impl Remote {
         self.check_head(digest, range, &response)?;
         match response.status() {
             StatusCode::PARTIAL_CONTENT => Ok(Body { response, skip_bytes: 0 }),
+            StatusCode::OK if range.start > MAX_SKIPPED_BYTES => {
+                let registry = self.reference.registry();
+                let what = format!("registry {registry} ignores byte ranges (whole blob {digest} sent)");
+                Err(Error::invalid(what).into())
+            }
             StatusCode::OK => Ok(Body { response, skip_bytes: range.start }),
             _ => Err(self.transport.refusal(response, &format!("blob {digest}")).await),
         }
     }
 
-    async fn open(&self, digest: &Digest, headers: HeaderMap) -> Result<Response, Failure> {
+    pub(super) async fn open(&self, digest: &Digest, headers: HeaderMap) -> Result<Response, Failure> {
         if let Some(url) = self.routes.get(digest) {
             match self.transport.send(Method::GET, &url, headers.clone(), None).await {
                 Ok(response) if !is_stale(response.status()) => return Ok(response),
@@ -181,7 +153,7 @@ impl Remote {
         Ok(response)
     }
 
-    fn check_head(&self, digest: &Digest, range: &Range<u64>, response: &Response) -> Result<(), Failure> {
+    pub(super) fn check_head(&self, digest: &Digest, range: &Range<u64>, response: &Response) -> Result<(), Failure> {
         let headers = response.headers();
         if !response.status().is_success() {
             return Ok(());
@@ -206,7 +178,7 @@ impl Remote {
     }
 
     /// The next wanted piece of a body.
-    async fn next_piece(&self, body: &mut Body) -> Result<Option<Bytes>, Failure> {
+    pub(super) async fn next_piece(&self, body: &mut Body) -> Result<Option<Bytes>, Failure> {
         while let Some(mut piece) = self.transport.piece(&mut body.response).await? {
             let skipped = body.skip_bytes.min(piece.len() as u64);
             body.skip_bytes -= skipped;
@@ -219,91 +191,12 @@ impl Remote {
         Ok(None)
     }
 
-    fn odd(&self, digest: &Digest, what: &str) -> Error {
+    pub(super) fn odd(&self, digest: &Digest, what: &str) -> Error {
         Error::corrupt(format!("blob {digest} at registry {}: {what}", self.reference.registry()))
     }
 
-    fn broken_off(&self, digest: &Digest, what: &str) -> Failure {
+    pub(super) fn broken_off(&self, digest: &Digest, what: &str) -> Failure {
         Failure::later(Error::unavailable(format!("blob {digest} at registry {}: {what}", self.reference.registry())))
-    }
-}
-
-/// A whole blob under way. It holds a request slot only while an answer begins, not while its consumer takes its time.
-struct BlobStream {
-    remote: Arc<Remote>,
-    digest: Digest,
-    size_bytes: u64,
-    offset_bytes: u64,
-    body: Option<Body>,
-    backoff: Backoff,
-    /// Where the last progress was counted.
-    since: u64,
-}
-
-impl BlobStream {
-    async fn next(&mut self) -> Result<Option<Bytes>> {
-        loop {
-            if self.offset_bytes >= self.size_bytes && self.body.is_none() {
-                return Ok(None);
-            }
-            if self.body.is_none() {
-                self.open().await?;
-            }
-            let Some(body) = &mut self.body else { continue };
-            let failure = match self.remote.next_piece(body).await {
-                Ok(Some(piece)) => {
-                    self.offset_bytes += piece.len() as u64;
-                    return Ok(Some(piece));
-                }
-                Ok(None) => self.remote.broken_off(&self.digest, SHORT),
-                Err(failure) => failure,
-            };
-            self.body = None;
-            if self.offset_bytes < self.size_bytes {
-                self.pause(failure).await?;
-            }
-        }
-    }
-
-    /// Opens the body at the present offset.
-    async fn open(&mut self) -> Result<()> {
-        loop {
-            let slot = self.backoff.slot(&self.remote.slots).await?;
-            let attempt = self.attempt().await;
-            drop(slot);
-            match attempt {
-                Ok(body) => {
-                    self.body = Some(body);
-                    return Ok(());
-                }
-                Err(failure) => self.pause(failure).await?,
-            }
-        }
-    }
-
-    async fn attempt(&self) -> Result<Body, Failure> {
-        let (remote, digest) = (&self.remote, &self.digest);
-        if self.offset_bytes > 0 {
-            return remote.open_range(digest, &(self.offset_bytes..self.size_bytes)).await;
-        }
-        let headers = HeaderMap::from_iter([(ACCEPT_ENCODING, HeaderValue::from_static("identity"))]);
-        let response = remote.open(digest, headers).await?;
-        if response.status() != StatusCode::OK {
-            return Err(remote.transport.refusal(response, &format!("blob {digest}")).await);
-        }
-        remote.check_head(digest, &(0..self.size_bytes), &response)?;
-        if response.content_length().is_some_and(|len| len != self.size_bytes) {
-            return Err(remote.odd(digest, "it has another size than expected").into());
-        }
-        Ok(Body { response, skip_bytes: 0 })
-    }
-
-    async fn pause(&mut self, failure: Failure) -> Result<()> {
-        if self.offset_bytes - self.since >= PROGRESS_BYTES {
-            self.since = self.offset_bytes;
-            self.backoff.progressed();
-        }
-        self.backoff.wait(failure).await
     }
 }
 
