@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
+use crate::first_reads::FirstReadStatistics;
+
 /// Counted while it happens, without a lock.
 #[derive(Debug, Default)]
 pub struct ImageCounters {
@@ -50,10 +52,12 @@ pub struct ImageStatistics {
     pub fetched_bytes: u64,
     /// Chunks that failed verification.
     pub verification_failures: u64,
+    /// The requests that read a block for the first time.
+    pub first_reads: FirstReadStatistics,
 }
 
 impl ImageCounters {
-    /// Reads all counters, each at its own moment.
+    /// Reads all counters, each at its own moment. First reads are counted elsewhere, and are left at zero.
     #[must_use]
     pub fn statistics(&self) -> ImageStatistics {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -69,6 +73,7 @@ impl ImageCounters {
             fetched_chunks: load(&self.fetched_chunks),
             fetched_bytes: load(&self.fetched_bytes),
             verification_failures: load(&self.verification_failures),
+            first_reads: FirstReadStatistics::default(),
         }
     }
 }

@@ -27,6 +27,7 @@ use ublkimg_scheduler::{
 use crate::counters::ImageCounters;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::{Completion, FETCHES_MAX, FetchJob, Fetcher, Outcome, Source, Spawner};
+use crate::first_reads::Waited;
 use crate::image::Waiter;
 use crate::store::BlobFile;
 
@@ -88,6 +89,7 @@ impl Drop for Parked {
 struct Demand {
     chunks: Vec<ChunkKey>,
     counters: Arc<ImageCounters>,
+    waited: Arc<Waited>,
     parked: Parked,
 }
 
@@ -108,9 +110,15 @@ pub(crate) struct EngineHandle {
 
 impl EngineHandle {
     /// Parks a request until its chunks are there. Never blocks.
-    pub(crate) fn demand(&self, chunks: Vec<ChunkKey>, counters: Arc<ImageCounters>, waiter: Waiter) {
+    pub(crate) fn demand(
+        &self,
+        chunks: Vec<ChunkKey>,
+        counters: Arc<ImageCounters>,
+        waited: Arc<Waited>,
+        waiter: Waiter,
+    ) {
         // It fails only when the engine has stopped, and then wakes the request with EIO.
-        let _ = self.demands.try_send(Demand { chunks, counters, parked: Parked(Some(waiter)) });
+        let _ = self.demands.try_send(Demand { chunks, counters, waited, parked: Parked(Some(waiter)) });
     }
 
     /// Hints at the first read of a chunk that was there. Never blocks.
@@ -352,10 +360,15 @@ impl EngineThread {
         self.next_ticket += 1;
         self.waiters.insert(ticket, demand.parked);
         let misses = self.scheduler.counters().misses;
-        self.step(Event::Demand { image: ANY_IMAGE, ticket, chunks: &demand.chunks });
-        let counters = &demand.counters;
-        let counter = if self.scheduler.counters().misses > misses { &counters.misses } else { &counters.late_hits };
+        let mut actions = std::mem::take(&mut self.actions);
+        let event = Event::Demand { image: ANY_IMAGE, ticket, chunks: &demand.chunks };
+        self.scheduler.step(event, self.start.elapsed(), &mut actions);
+        let is_miss = self.scheduler.counters().misses > misses;
+        // Before anybody is woken: the request looks at it when it is answered.
+        demand.waited.note(is_miss);
+        let counter = if is_miss { &demand.counters.misses } else { &demand.counters.late_hits };
         counter.fetch_add(1, Ordering::Relaxed);
+        self.carry_out(actions);
     }
 
     fn complete(&mut self, completion: Completion) {

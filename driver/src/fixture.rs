@@ -160,12 +160,13 @@ pub(crate) fn read(image: &Arc<ServedImage>, start_block: u32, len_blocks: u32) 
     use crate::image::Piece;
 
     let mut plan = Plan::new();
+    let mut first = image.begin(start_block, len_blocks);
     while image.plan(start_block, len_blocks, &mut plan) == Readiness::Missing {
         let (woken, wakes) = crossbeam::channel::bounded(1);
-        image.demand(&plan, Box::new(move |outcome| woken.send(outcome).unwrap()));
+        image.demand(&plan, image.wait(&mut first), Box::new(move |outcome| woken.send(outcome).unwrap()));
         let outcome = wakes.recv().expect("the waiter is called");
         if let Err(errno) = outcome {
-            image.answered(Err(errno));
+            image.answered(&first, Err(errno));
             return Err(errno);
         }
     }
@@ -180,6 +181,6 @@ pub(crate) fn read(image: &Arc<ServedImage>, start_block: u32, len_blocks: u32) 
             }
         }
     }
-    image.answered(Ok(len_blocks * 4096));
+    image.answered(&first, Ok(len_blocks * 4096));
     Ok(bytes)
 }

@@ -10,12 +10,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ublkimg_image::{BLOCK_SIZE, ChunkIndex, DeviceMap, Target};
+use ublkimg_image::{BLOCK_SIZE, ChunkIndex, DeviceMap, TAIL_BLOCKS, Target};
 use ublkimg_scheduler::{BlobKey, ChunkKey, ImageKey};
 
 use crate::counters::{ImageCounters, ImageStatistics};
 use crate::engine::EngineHandle;
 use crate::error::{Error, ErrorKind, Result};
+use crate::first_reads::{DeviceRead, FirstReads, Waited};
 use crate::store::BlobFile;
 
 /// Bytes of a block: the unit of the device.
@@ -120,6 +121,7 @@ pub struct ServedImage {
     files: Vec<Arc<File>>,
     blobs: Vec<ServedBlob>,
     counters: Arc<ImageCounters>,
+    first_reads: FirstReads,
     /// `None` for an image that needs no engine, because it has no blobs.
     attachment: Option<Attachment>,
 }
@@ -145,7 +147,9 @@ impl ServedImage {
         let map = DeviceMap::new(metadata_blocks, &blob_blocks)
             .map_err(|error| Error::caused(ErrorKind::Invalid, "lay out the device", error))?;
         let files = std::iter::once(metadata).chain(blobs.iter().map(|blob| Arc::clone(blob.file.file()))).collect();
-        Ok(Self { map, files, blobs, counters, attachment })
+        let blob_blocks = map.metadata_blocks()..map.total_blocks() - TAIL_BLOCKS;
+        let first_reads = FirstReads::new(blob_blocks);
+        Ok(Self { map, files, blobs, counters, first_reads, attachment })
     }
 
     /// Length of the device.
@@ -158,6 +162,25 @@ impl ServedImage {
     #[must_use]
     pub fn files(&self) -> &[Arc<File>] {
         &self.files
+    }
+
+    /// A request of the device has arrived: to be called once for each, before it is planned.
+    #[must_use]
+    pub fn begin(&self, start_block: u32, len_blocks: u32) -> DeviceRead {
+        self.first_reads.begin(start_block..start_block.saturating_add(len_blocks))
+    }
+
+    /// The request is about to wait: what it waited for is noted in what this returns, which goes to
+    /// [`ServedImage::demand`].
+    #[must_use]
+    pub fn wait(&self, read: &mut DeviceRead) -> Arc<Waited> {
+        self.first_reads.wait(read)
+    }
+
+    /// What was read so far, and how that went.
+    #[allow(dead_code, reason = "the recorder is being written")]
+    pub(crate) fn first_reads(&self) -> &FirstReads {
+        &self.first_reads
     }
 
     /// Fills `plan` for a range of device blocks, less than 4 GiB long. Blocks past the end of the device read as zeros.
@@ -206,16 +229,15 @@ impl ServedImage {
 
     /// Asks for what `plan` (of [`Readiness::Missing`]) misses. Never blocks. `waiter` runs exactly once, perhaps before
     /// this returns, and with EIO at the latest when the engine stops.
-    pub fn demand(&self, plan: &Plan, waiter: Waiter) {
-        match &self.attachment {
-            Some(attachment) => attachment.engine.demand(plan.missing.clone(), Arc::clone(&self.counters), waiter),
-            None => waiter(Ok(())),
-        }
+    pub fn demand(&self, plan: &Plan, waited: Arc<Waited>, waiter: Waiter) {
+        let Some(attachment) = &self.attachment else { return waiter(Ok(())) };
+        attachment.engine.demand(plan.missing.clone(), Arc::clone(&self.counters), waited, waiter);
     }
 
     /// To be called by the device once for each request: with the length when it is answered with data, else with the
     /// positive errno.
-    pub fn answered(&self, outcome: Result<u32, i32>) {
+    pub fn answered(&self, read: &DeviceRead, outcome: Result<u32, i32>) {
+        self.first_reads.answered(read, outcome.is_ok());
         match outcome {
             Ok(len_bytes) => {
                 self.counters.reads.fetch_add(1, Ordering::Relaxed);
@@ -238,7 +260,7 @@ impl ServedImage {
     /// What the image has done so far.
     #[must_use]
     pub fn statistics(&self) -> ImageStatistics {
-        self.counters.statistics()
+        ImageStatistics { first_reads: self.first_reads.statistics(), ..self.counters.statistics() }
     }
 
     /// Bytes of the layer blobs that are in the store, and all of them.

@@ -8,6 +8,8 @@ pub mod device;
 pub mod engine;
 pub mod error;
 mod fetch;
+#[allow(dead_code, reason = "the recorder is being written")]
+pub mod first_reads;
 #[cfg(test)]
 mod fixture;
 pub mod image;
@@ -22,5 +24,6 @@ pub use attach::{AttachOptions, LoadedImage, attach, reopen};
 pub use counters::{ImageCounters, ImageStatistics};
 pub use engine::Engine;
 pub use error::{Error, ErrorKind, Result};
+pub use first_reads::{DeviceRead, FirstReadStatistics, Waited};
 pub use image::ServedImage;
 pub use store::Store;

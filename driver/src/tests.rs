@@ -230,7 +230,8 @@ fn hopeless_demand(rig: &Rig) -> (LoadedImage, crossbeam::channel::Receiver<Resu
     let (woken, wakes) = crossbeam::channel::bounded(1);
     let mut plan = Plan::new();
     assert_eq!(loaded.image.plan(20, 1, &mut plan), Readiness::Missing);
-    loaded.image.demand(&plan, Box::new(move |outcome| woken.send(outcome).unwrap()));
+    let waited = loaded.image.wait(&mut loaded.image.begin(20, 1));
+    loaded.image.demand(&plan, waited, Box::new(move |outcome| woken.send(outcome).unwrap()));
     assert!(wakes.recv_timeout(Duration::from_millis(50)).is_err(), "still waiting");
     (loaded, wakes)
 }

@@ -27,7 +27,7 @@ pub mod zstd_frame;
 
 pub use bundle::{Bundle, BundledLayer};
 pub use chunk_index::{Chunk, ChunkId, ChunkIndex, ChunkIndexBuilder};
-pub use device_map::{DeviceMap, Segment, Target};
+pub use device_map::{DeviceMap, Segment, TAIL_BLOCKS, Target};
 pub use erofs::{
     DeviceGeometry, DeviceSlot, Geometry, flat_block0, read_geometry, read_tree, write_layer, write_merged,
 };

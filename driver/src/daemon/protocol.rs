@@ -79,7 +79,7 @@ pub enum Answer {
     /// To [`Request::Add`].
     Added {
         /// The device.
-        device: DeviceStatus,
+        device: Box<DeviceStatus>,
         /// Whether this request made it; otherwise it was there.
         created: bool,
     },

@@ -141,7 +141,7 @@ impl Server {
         }
         if let Some(attached) = self.attached.lock().get(&name) {
             if attached.record.reference == request.reference {
-                return Ok(Answer::Added { device: attached.status(), created: false });
+                return Ok(Answer::Added { device: Box::new(attached.status()), created: false });
             }
             let text = format!("{name} serves {} already: give another --name", attached.record.reference);
             return Err(Error::new(ErrorKind::Busy, text));
@@ -165,7 +165,7 @@ impl Server {
         };
         let server = Arc::clone(&self);
         let attached = blocking(move || server.start(loaded.image, record)).await?;
-        let device = attached.status();
+        let device = Box::new(attached.status());
         self.attached.lock().insert(device.name.clone(), attached);
         Ok(Answer::Added { device, created: true })
     }

@@ -20,6 +20,7 @@ use fuser::{
 };
 use parking_lot::Mutex;
 
+use crate::first_reads::DeviceRead;
 use crate::image::{BLOCK_SIZE_BYTES, Piece, Plan, Readiness, ServedImage};
 
 /// Name of the file.
@@ -53,6 +54,7 @@ struct ParkedRead {
     offset_bytes: u64,
     len_bytes: u32,
     plans: u32,
+    first: DeviceRead,
 }
 
 /// What the threads of one file share.
@@ -135,7 +137,7 @@ impl Shared {
     }
 
     fn fail(&self, read: ParkedRead, errno: i32) {
-        self.image.answered(Err(errno));
+        self.image.answered(&read.first, Err(errno));
         read.reply.error(Errno::from_i32(errno));
     }
 
@@ -151,12 +153,15 @@ impl Shared {
             else {
                 return self.fail(read, libc::EINVAL);
             };
+            if read.plans == 1 {
+                read.first = self.image.begin(start_block, len_blocks);
+            }
             match self.image.plan(start_block, len_blocks, plan) {
                 Readiness::Ready => {
                     buffer.resize(len_blocks as usize * BLOCK_SIZE_BYTES as usize, 0);
                     match self.fill(plan, buffer) {
                         Ok(()) => {
-                            self.image.answered(Ok(read.len_bytes));
+                            self.image.answered(&read.first, Ok(read.len_bytes));
                             read.reply.data(&buffer[skip_bytes..skip_bytes + read.len_bytes as usize]);
                         }
                         Err(errno) => self.fail(read, errno),
@@ -171,8 +176,9 @@ impl Shared {
         });
     }
 
-    fn park(self: &Arc<Self>, read: ParkedRead, plan: &Plan) {
+    fn park(self: &Arc<Self>, mut read: ParkedRead, plan: &Plan) {
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
+        let waited = self.image.wait(&mut read.first);
         {
             let mut parked = self.parked.lock();
             if parked.len() >= PARKED_MAX || self.stopping.load(Ordering::SeqCst) {
@@ -182,7 +188,7 @@ impl Shared {
             parked.insert(key, read);
         }
         let ticket = Ticket { key, news: self.news.clone(), outcome: Err(libc::EIO) };
-        self.image.demand(plan, Box::new(move |outcome| ticket.deliver(outcome)));
+        self.image.demand(plan, waited, Box::new(move |outcome| ticket.deliver(outcome)));
     }
 
     fn fill(&self, plan: &Plan, buffer: &mut [u8]) -> Result<(), i32> {
@@ -313,6 +319,12 @@ impl Filesystem for ImageFile {
         if len_bytes == 0 {
             return reply.data(&[]);
         }
-        self.shared.serve(ParkedRead { reply, offset_bytes: offset, len_bytes, plans: 0 });
+        self.shared.serve(ParkedRead {
+            reply,
+            offset_bytes: offset,
+            len_bytes,
+            plans: 0,
+            first: DeviceRead::default(),
+        });
     }
 }

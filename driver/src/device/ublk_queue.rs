@@ -29,6 +29,7 @@ use libublk::{BufDesc, UblkError, UblkUringData, sys};
 use smol::LocalExecutor;
 
 use super::completion::{CompletionPort, Parking};
+use crate::first_reads::DeviceRead;
 use crate::image::{BLOCK_SIZE_BYTES, Piece, Plan, Readiness, ServedImage};
 
 /// How often a request is planned before it fails. More than one demand is needed only when a chunk is evicted between
@@ -114,8 +115,9 @@ impl Queue<'_> {
                 Ok(unknown) => return UblkError::UringIOError(unknown),
                 Err(error) => return error,
             }
-            let outcome = self.answer(tag, &mut buffer, &mut plan).await;
-            self.image.answered(outcome);
+            let mut read = DeviceRead::default();
+            let outcome = self.answer(tag, &mut read, &mut buffer, &mut plan).await;
+            self.image.answered(&read, outcome);
             let result = match outcome {
                 Ok(len_bytes) => i32::try_from(len_bytes).unwrap_or(-libc::EIO),
                 Err(errno) => -errno,
@@ -125,7 +127,13 @@ impl Queue<'_> {
     }
 
     /// Answers the request of a tag into its buffer: its length, or a positive errno.
-    async fn answer(&self, tag: u16, buffer: &mut IoBuf<u8>, plan: &mut Plan) -> Result<u32, i32> {
+    async fn answer(
+        &self,
+        tag: u16,
+        read: &mut DeviceRead,
+        buffer: &mut IoBuf<u8>,
+        plan: &mut Plan,
+    ) -> Result<u32, i32> {
         let request = self.ring.get_iod(tag);
         match request.op_flags & 0xff {
             sys::UBLK_IO_OP_READ => {}
@@ -142,6 +150,7 @@ impl Queue<'_> {
         if len_bytes as usize > buffer.len() {
             return Err(libc::EINVAL);
         }
+        *read = self.image.begin(start_block, len_blocks);
         for _ in 0..PLANS_PER_REQUEST_MAX {
             match self.image.plan(start_block, len_blocks, plan) {
                 Readiness::Ready => {
@@ -151,7 +160,7 @@ impl Queue<'_> {
                 Readiness::Missing if self.port.is_stopping() => return Err(libc::EIO),
                 Readiness::Missing => {
                     self.parking.park(tag);
-                    self.image.demand(plan, self.port.waiter(tag));
+                    self.image.demand(plan, self.image.wait(read), self.port.waiter(tag));
                     self.parking.outcome(tag).await?;
                 }
             }

@@ -7,6 +7,8 @@
 //!                     .durable  which of them are on the disk for certain
 //! objects/<digest>              manifests and metadata blobs as they were fetched
 //! metadata/<digest>             metadata image as it is served, named by the blob that it was made from
+//! traces/<manifest>-<command>.trace  trace of a start on this host
+//! traces/<device>.log           recording under way
 //! ```
 
 use std::fs::{self, File};
@@ -36,7 +38,7 @@ pub(crate) struct BlobPaths {
 impl Layout {
     /// Makes the directories, and removes what an interrupted write left. For the owner of the store only.
     pub(crate) fn prepare(&self) -> Result<()> {
-        for directory in [self.blobs(), self.objects(), self.metadata_directory()] {
+        for directory in [self.blobs(), self.objects(), self.metadata_directory(), self.traces()] {
             fs::create_dir_all(&directory).map_err(|error| Error::path("make directory", &directory, error))?;
             let entries = fs::read_dir(&directory).map_err(|error| Error::path("list", &directory, error))?;
             for entry in entries {
@@ -67,6 +69,10 @@ impl Layout {
 
     fn metadata_directory(&self) -> PathBuf {
         self.root.join("metadata")
+    }
+
+    pub(crate) fn traces(&self) -> PathBuf {
+        self.root.join("traces")
     }
 
     pub(crate) fn blob(&self, index: Sha256) -> BlobPaths {

@@ -12,6 +12,8 @@ mod layout;
 mod objects;
 #[cfg(test)]
 mod tests;
+#[allow(dead_code, reason = "the recorder is being written")]
+mod traces;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -29,6 +31,7 @@ use self::bitmap_file::{BootId, Identity};
 pub use self::blob_file::BlobFile;
 use self::layout::Layout;
 pub use self::objects::OBJECT_BYTES_MAX;
+pub use self::traces::TRACE_BYTES_MAX;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long written blocks may wait for their sync: what a power cut makes the store forget. Long enough that a

@@ -60,7 +60,7 @@ impl Store {
     }
 }
 
-fn open_if_there(path: &Path) -> Result<Option<File>> {
+pub(super) fn open_if_there(path: &Path) -> Result<Option<File>> {
     match File::open(path) {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == IoErrorKind::NotFound => Ok(None),
