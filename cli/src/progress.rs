@@ -21,6 +21,7 @@ fn title(task: &Task) -> String {
         Phase::Compress => "compress",
         Phase::Push => "push",
         Phase::Finish => "merge and publish",
+        Phase::Publish => "publish",
     };
     match task.layer {
         Some(layer) => format!("{verb} layer {}/{}", layer + 1, task.layers),

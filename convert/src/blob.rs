@@ -111,7 +111,7 @@ pub(crate) fn write_metadata_blob(metadata: &[u8], bundle: &Bundle, dir: &Path, 
 }
 
 /// Writes and hashes.
-struct BlobWriter<'a> {
+pub(crate) struct BlobWriter<'a> {
     file: BufWriter<File>,
     dir: &'a Path,
     hasher: sha2::Sha256,
@@ -119,19 +119,19 @@ struct BlobWriter<'a> {
 }
 
 impl<'a> BlobWriter<'a> {
-    fn new(dir: &'a Path) -> Result<Self> {
+    pub(crate) fn new(dir: &'a Path) -> Result<Self> {
         let file = tempfile::tempfile_in(dir).map_err(|error| in_dir(dir, error))?;
         let file = BufWriter::with_capacity(WRITE_BYTES, file);
         Ok(Self { file, dir, hasher: sha2::Sha256::new(), len_bytes: 0 })
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.hasher.update(bytes);
         self.len_bytes += bytes.len() as u64;
         self.file.write_all(bytes).map_err(|error| in_dir(self.dir, error))
     }
 
-    fn finish(mut self, trailer: &[u8], uncompressed_digest: Sha256) -> Result<Blob> {
+    pub(crate) fn finish(mut self, trailer: &[u8], uncompressed_digest: Sha256) -> Result<Blob> {
         let start = self.len_bytes;
         self.write(trailer)?;
         let file = self.file.into_inner().map_err(|error| in_dir(self.dir, error.into_error()))?;

@@ -11,6 +11,8 @@ pub enum Phase {
     Push,
     /// Merging the trees of all layers and pushing what describes the image.
     Finish,
+    /// Pushing a profile and listing it in the image's index.
+    Publish,
 }
 
 /// A piece of work of one phase.
