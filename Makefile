@@ -13,7 +13,7 @@ export RUSTDOCFLAGS := -D warnings -A rustdoc::private-intra-doc-links -Ctarget-
 export CARGO_TERM_PROGRESS_WHEN := never
 LANES := lanes
 
-.PHONY: build programs deps fmt clippy deny doc unit guest-tests lanes lanes-full test test-full demo demo-vm docs uml-kernel clean-caches
+.PHONY: build programs deps fmt clippy deny doc unit guest-tests lanes lanes-full test test-full simulate demo demo-vm docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -64,6 +64,10 @@ test: deps ## everything that must hold; under 25 minutes on two cores
 
 test-full: ## and what takes long: the whole demo image on the stock kernels
 	@$(MAKE) --no-print-directory test LANES=lanes-full
+
+simulate: ## how near recorded starts come to their bound: TRACES=DIR [OUT=FILE.json] [WRONG=FILE.json]
+	@test -n '$(TRACES)' || { echo 'usage: make simulate TRACES=DIR [OUT=FILE.json] [WRONG=FILE.json]; bench/README.md says what DIR holds'; exit 2; }
+	@cargo run -q -p ublkimg-bench --bin simulate $(PROFILE) -- --traces '$(TRACES)' --out '$(or $(OUT),target/bench/simulate.json)' $(if $(WRONG),--wrong '$(WRONG)')
 
 demo: programs ## a container from an image that is not here, pulled whole and pulled lazily
 	@tests/demo/build-image.sh

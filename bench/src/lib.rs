@@ -2,6 +2,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod simulation;
+pub mod traces;
+
 /// The middle of the values; the mean of the two middle ones if their number is even.
 ///
 /// # Panics

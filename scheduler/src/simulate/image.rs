@@ -103,6 +103,12 @@ impl SimulatedImage {
         self.chunks.iter().map(|size| u64::from(size.stored_len_bytes)).sum()
     }
 
+    /// Most bytes that a plan for this image may cost: 15 % of it and 64 MiB, so that a small image can be had whole.
+    #[must_use]
+    pub fn plan_cap_bytes(&self) -> u64 {
+        self.stored_bytes() * 15 / 100 + (64 << 20)
+    }
+
     /// What a read needs, each once, in the order of its blocks.
     #[must_use]
     pub fn units_of(&self, read: RecordedRead) -> Vec<ChunkKey> {
