@@ -13,7 +13,9 @@ export RUSTDOCFLAGS := -D warnings -A rustdoc::private-intra-doc-links -Ctarget-
 export CARGO_TERM_PROGRESS_WHEN := never
 LANES := lanes
 
-.PHONY: build programs deps fmt clippy deny doc unit guest-tests lanes lanes-full test test-full simulate demo demo-vm docs uml-kernel clean-caches
+FUZZ_SECONDS := 600
+
+.PHONY: build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate demo demo-vm docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -29,9 +31,11 @@ deps: ## installs missing packages with apt
 
 fmt:
 	cargo fmt --all -- --check
+	cargo fmt --manifest-path fuzz/Cargo.toml -- --check
 
 clippy: deps
 	cargo clippy --workspace --all-targets $(PROFILE) -- -D warnings
+	@fuzz/run.sh --clippy
 
 # Without the advisory database: it is not among the things that a test may download.
 deny:
@@ -46,6 +50,13 @@ doc: deps
 unit: deps
 	cargo test --workspace $(PROFILE)
 
+# From the seeds alone, so it starts the same everywhere.
+fuzz: deps
+	@UBLKIMG_FUZZ_FRESH=1 fuzz/run.sh --seconds 10
+
+fuzz-long: deps ## fuzzes each target for FUZZ_SECONDS, going on where the last run ended
+	@fuzz/run.sh --seconds $(FUZZ_SECONDS)
+
 guest-tests: programs
 	@tests/vm/guest-tests.sh $(BIN) $(PROFILE)
 
@@ -57,7 +68,7 @@ lanes-full: guest-tests
 
 # One after another, the quickest answer first; the lanes come last and end with their count.
 test: deps ## everything that must hold; under 25 minutes on two cores
-	@for step in fmt deny unit clippy doc; do \
+	@for step in fmt deny unit fuzz clippy doc; do \
 	  began=$$SECONDS; $(MAKE) --no-print-directory $$step; echo "== $$step: $$((SECONDS - began)) s"; \
 	done
 	@$(MAKE) --no-print-directory $(LANES)

@@ -6,7 +6,7 @@ die() { echo "deps.sh: $*" >&2; exit 1; }
 # What must be there, and the package that brings it: a command by its name, a file by its path. A command that is there already is
 # taken as it is, because its package may have another name on this machine (Docker's containerd brings runc).
 needed=(
-  gcc:gcc make:make /usr/include/stdlib.h:libc6-dev
+  gcc:gcc g++:g++ make:make /usr/include/stdlib.h:libc6-dev
   tar:tar gzip:gzip xz:xz-utils zstd:zstd cpio:cpio setfattr:attr perl:perl-base
   mount:mount unshare:util-linux losetup:mount ip:iproute2 depmod:kmod
   mkfs.erofs:erofs-utils runc:runc debootstrap:debootstrap
