@@ -7,6 +7,7 @@
 //! A target fails by a panic. Beyond that it asserts what its decoder promises: the result is within its bounds, takes no
 //! more memory than a small multiple of the input, and is encoded to the same bytes.
 #![no_main]
+#![forbid(unsafe_code)]
 
 mod blobs;
 mod metadata;
