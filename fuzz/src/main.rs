@@ -11,6 +11,7 @@
 
 mod blobs;
 mod metadata;
+mod plan;
 mod sample;
 mod traces;
 
@@ -26,11 +27,12 @@ struct Target {
     seeds: fn() -> Vec<Vec<u8>>,
 }
 
-const TARGETS: [Target; 9] = [
+const TARGETS: [Target; 10] = [
     Target { name: "trace", check: traces::trace, seeds: traces::trace_seeds },
     Target { name: "trace_log", check: traces::trace_log, seeds: traces::trace_log_seeds },
     Target { name: "hot_table", check: traces::hot_table, seeds: traces::hot_table_seeds },
     Target { name: "trace_operations", check: traces::operations, seeds: traces::operation_seeds },
+    Target { name: "plan", check: plan::plan, seeds: plan::plan_seeds },
     Target { name: "path_list", check: metadata::path_list, seeds: metadata::path_list_seeds },
     Target { name: "erofs", check: metadata::erofs, seeds: metadata::erofs_seeds },
     Target { name: "chunk_index", check: blobs::chunk_index, seeds: blobs::chunk_index_seeds },

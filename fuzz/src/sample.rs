@@ -1,7 +1,7 @@
 //! Small good values that seeds are made of.
 
 use ublkimg_image::tree::{DataBlock, FileData, FileLayout, Kind, Meta, Node, NodeId, Space, Time};
-use ublkimg_image::{DeviceSlot, Sha256, Trace, TraceEntry, TraceHeader, Tree};
+use ublkimg_image::{DeviceSlot, HotFrame, HotTable, Sha256, Trace, TraceEntry, TraceHeader, Tree};
 
 /// Length of each device of [`merged_metadata`], in blocks.
 pub(crate) const DEVICE_BLOCKS: u32 = 5000;
@@ -67,4 +67,14 @@ pub(crate) fn tree(space: impl Fn(u16) -> Space) -> Tree {
 pub(crate) fn merged_metadata() -> Vec<u8> {
     let slots = [1, 2].map(|number| DeviceSlot { blocks: DEVICE_BLOCKS, tag: blob(number) });
     ublkimg_image::write_merged(&tree(Space::Device), &slots).expect("a good tree")
+}
+
+/// A table of frames of different lengths.
+pub(crate) fn hot_table(frames: u8) -> HotTable {
+    let frame = |number: u8| HotFrame {
+        stored_len_bytes: 1000 + u32::from(number),
+        blocks: 1 + u16::from(number),
+        digest: Sha256([number; 32]),
+    };
+    HotTable { frames: (0..frames).map(frame).collect() }
 }

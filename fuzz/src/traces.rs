@@ -182,10 +182,7 @@ pub(crate) fn trace_log_seeds() -> Vec<Vec<u8>> {
 }
 
 pub(crate) fn hot_table_seeds() -> Vec<Vec<u8>> {
-    let frame =
-        |number: u8| HotFrame { stored_len_bytes: 1000, blocks: 1 + u16::from(number), digest: Sha256([number; 32]) };
-    let table = |frames: u8| HotTable { frames: (0..frames).map(frame).collect() };
-    [0, 1, 2, 20].map(|frames| table(frames).encode().expect("good")).into()
+    [0, 1, 2, 20].map(|frames| sample::hot_table(frames).encode().expect("good")).into()
 }
 
 pub(crate) fn operation_seeds() -> Vec<Vec<u8>> {
