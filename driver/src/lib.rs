@@ -12,6 +12,7 @@ mod fetch;
 pub mod first_reads;
 #[cfg(test)]
 mod fixture;
+mod hot;
 pub mod image;
 pub mod kernel;
 pub mod mounts;

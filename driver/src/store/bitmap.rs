@@ -46,6 +46,17 @@ impl Bitmap {
         (range.end > self.blocks && !range.is_empty()).then(|| range.start.max(self.blocks))
     }
 
+    /// The first block of the range that is there.
+    pub(crate) fn first_present(&self, range: Range<u32>) -> Option<u32> {
+        for (word, mask) in masks(range.start..range.end.min(self.blocks)) {
+            let present = self.words[word].load(Ordering::Acquire) & mask;
+            if present != 0 {
+                return u32::try_from(word).ok().map(|word| word * BITS + present.trailing_zeros());
+            }
+        }
+        None
+    }
+
     /// Sets the bits of a range. Two threads may set bits of one word at the same time.
     ///
     /// # Panics
@@ -117,6 +128,7 @@ mod tests {
                 model.extend(range);
             }
             prop_assert_eq!(bitmap.first_missing(ask.clone()), ask.clone().find(|block| !model.contains(block)));
+            prop_assert_eq!(bitmap.first_present(ask.clone()), ask.clone().find(|block| model.contains(block)));
             prop_assert_eq!(bitmap.count() as usize, model.len());
             let again = Bitmap::from_words(300, &bitmap.snapshot()).unwrap();
             prop_assert_eq!(again.snapshot(), bitmap.snapshot());

@@ -100,6 +100,12 @@ impl BlobFile {
         self.present.first_missing(range)
     }
 
+    /// The first block of a range that is there. Takes no lock.
+    #[must_use]
+    pub fn first_present(&self, range: Range<u32>) -> Option<u32> {
+        self.present.first_present(range)
+    }
+
     /// Number of blocks that are there.
     #[must_use]
     pub fn present_blocks(&self) -> u32 {
