@@ -1,7 +1,7 @@
 //! The last step of a fetch: verify, decode, store, tell the engine.
 //!
 //! These are the only threads that may block on the disk, and what they do costs processor time, so there are few of
-//! them, and a demanded chunk goes before one of read-ahead. A stored frame is checked against its digest before
+//! them, and a demanded chunk goes before others. A stored frame is checked against its digest before
 //! anything looks at it, and decoded into exactly the bytes that the chunk index promises.
 
 use std::sync::Arc;
@@ -9,41 +9,74 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
-use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam::channel::{Receiver, Sender, bounded};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use ublkimg_image::{BLOCK_SIZE, CHUNK_BYTES, Chunk, Sha256};
-use ublkimg_scheduler::{ChunkKey, Class};
+use ublkimg_scheduler::{BlobKind, ChunkKey, Class};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::fetch::{Completion, FETCHES_MAX, Outcome, Source};
+use crate::fetch::{Outcome, Progress, Source, name_of, tell};
 use crate::store::BlobFile;
 
 /// Threads, if the machine has as many processors. A core verifies and decodes some 300 MB/s.
 const THREADS_MAX: usize = 4;
 
-/// A downloaded chunk.
+/// Bytes that have arrived and are not decoded yet: of what is fetched ahead. A fifth of a second for one core.
+const UNDECODED_KIB_MAX: u32 = 64 << 10;
+
+/// The same of what is demanded, so that a demand never waits for room behind the others. More than the scheduler has in
+/// flight for demands at a time.
+const UNDECODED_DEMAND_KIB_MAX: u32 = 16 << 10;
+
+/// What a chunk counts for at least: it bounds their number.
+const COST_KIB_MIN: u32 = 16;
+
+/// A chunk that has arrived.
 #[derive(Debug)]
 pub(crate) struct DecodeJob {
     pub(crate) chunk: ChunkKey,
     pub(crate) class: Class,
+    pub(crate) kind: BlobKind,
     pub(crate) stored: Bytes,
     pub(crate) file: Arc<BlobFile>,
     pub(crate) source: Arc<Source>,
 }
 
-/// The sending side: two queues, each with room for every chunk that can be on its way.
+/// A job and its share of the bound; the share is given back with it.
+type Accepted = (DecodeJob, OwnedSemaphorePermit);
+
+/// The sending side: two queues, each with a bound in bytes.
 #[derive(Debug, Clone)]
 pub(crate) struct DecodeQueue {
-    demand: Sender<DecodeJob>,
-    read_ahead: Sender<DecodeJob>,
+    demand: Lane,
+    ahead: Lane,
+}
+
+#[derive(Debug, Clone)]
+struct Lane {
+    jobs: Sender<Accepted>,
+    room_kib: Arc<Semaphore>,
+}
+
+impl Lane {
+    fn new(kib_max: u32) -> (Self, Receiver<Accepted>) {
+        let (jobs, accepted) = bounded((kib_max / COST_KIB_MIN) as usize);
+        (Self { jobs, room_kib: Arc::new(Semaphore::new(kib_max as usize)) }, accepted)
+    }
 }
 
 impl DecodeQueue {
-    /// Never blocks. Gives the job back when the decoders are gone.
-    pub(crate) fn push(&self, job: DecodeJob) -> Result<(), TrySendError<DecodeJob>> {
-        match job.class {
-            Class::Demand => self.demand.try_send(job),
-            Class::Trace | Class::ReadAhead | Class::Fill => self.read_ahead.try_send(job),
-        }
+    /// Waits for room. False when the decoders are gone.
+    pub(crate) async fn push(&self, job: DecodeJob) -> bool {
+        let lane = match job.class {
+            Class::Demand => &self.demand,
+            Class::Trace | Class::ReadAhead | Class::Fill => &self.ahead,
+        };
+        // The index bounds a stored chunk to 260 KiB.
+        let cost_kib = u32::try_from(job.stored.len().div_ceil(1024)).unwrap_or(u32::MAX).max(COST_KIB_MIN);
+        let Ok(share) = Arc::clone(&lane.room_kib).acquire_many_owned(cost_kib).await else { return false };
+        // Who has a share has a place.
+        lane.jobs.try_send((job, share)).is_ok()
     }
 }
 
@@ -56,18 +89,18 @@ pub(crate) struct Decoders {
 
 impl Decoders {
     /// Starts the threads. They end when every queue handle is dropped.
-    pub(crate) fn start(completions: &Sender<Completion>) -> Result<Self> {
+    pub(crate) fn start(progress: &Sender<Progress>) -> Result<Self> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let (demand, demanded) = bounded(FETCHES_MAX);
-        let (read_ahead, ahead) = bounded(FETCHES_MAX);
+        let (demand, demanded) = Lane::new(UNDECODED_DEMAND_KIB_MAX);
+        let (ahead, fetched_ahead) = Lane::new(UNDECODED_KIB_MAX);
         let mut threads = Vec::new();
         for _ in 0..processors.min(THREADS_MAX) {
-            let (demanded, ahead, completions) = (demanded.clone(), ahead.clone(), completions.clone());
+            let (demanded, ahead, progress) = (demanded.clone(), fetched_ahead.clone(), progress.clone());
             let thread = std::thread::Builder::new().name("decode".to_owned());
-            let thread = thread.spawn(move || decode_loop(&demanded, &ahead, &completions));
+            let thread = thread.spawn(move || decode_loop(&demanded, &ahead, &progress));
             threads.push(thread.map_err(|error| Error::io("start a decoder thread", error))?);
         }
-        Ok(Self { queue: DecodeQueue { demand, read_ahead }, threads })
+        Ok(Self { queue: DecodeQueue { demand, ahead }, threads })
     }
 
     pub(crate) fn queue(&self) -> DecodeQueue {
@@ -85,7 +118,7 @@ impl Decoders {
     }
 }
 
-fn decode_loop(demanded: &Receiver<DecodeJob>, ahead: &Receiver<DecodeJob>, completions: &Sender<Completion>) {
+fn decode_loop(demanded: &Receiver<Accepted>, ahead: &Receiver<Accepted>, progress: &Sender<Progress>) {
     let mut decoder = zstd::bulk::Decompressor::new();
     let mut raw = Vec::with_capacity(usize::try_from(CHUNK_BYTES).unwrap_or(0));
     loop {
@@ -96,7 +129,7 @@ fn decode_loop(demanded: &Receiver<DecodeJob>, ahead: &Receiver<DecodeJob>, comp
                 recv(ahead) -> job => job,
             }
         });
-        let Ok(job) = job else { return };
+        let Ok((job, share)) = job else { return };
         let outcome = match decoder.as_mut() {
             Ok(decoder) => store_chunk(&job, decoder, &mut raw),
             Err(error) => Err(Error::new(ErrorKind::Internal, format!("make a zstd decoder: {error}"))),
@@ -104,12 +137,17 @@ fn decode_loop(demanded: &Receiver<DecodeJob>, ahead: &Receiver<DecodeJob>, comp
         let outcome = match outcome {
             Ok(()) => Outcome::Stored,
             Err(error) => {
-                tracing::error!("fetch: blob {} chunk {}: {}", job.source.blob, job.chunk.chunk, error.chain());
-                Outcome::Failed(error.errno())
+                let (what, chunk) = (name_of(job.kind), job.chunk.chunk);
+                tracing::error!("fetch: blob {} {what} {chunk}: {}", job.source.blob, error.chain());
+                match error.kind() {
+                    ErrorKind::Corrupt => Outcome::Refused(error.errno()),
+                    _ => Outcome::Failed(error.errno()),
+                }
             }
         };
-        // Room is there by construction; without a receiver nobody waits any more.
-        let _ = completions.try_send(Completion { chunk: job.chunk, outcome });
+        let chunk = job.chunk;
+        drop((job, share));
+        tell(progress, Progress::Ended { chunk, outcome });
     }
 }
 

@@ -1,35 +1,39 @@
-//! From "fetch this chunk" to "it is in the store": one task per chunk on a small runtime.
+//! From "fetch these chunks" to "they are in the store": one task per order on a small runtime.
 //!
-//! A task asks the registry for exactly the bytes of the stored frame, and hands them to the decoders ([`crate::decode`]),
-//! which verify, decode and store them and tell the engine. Trouble with the network is waited out here, until the read
-//! deadline of the image that the bytes are fetched for; the registry crate retries each request on its own for a
-//! shorter time, so an outage shows here as one slow failure after another. Images that have the same blob take turns: an
-//! outage of one registry does not hold up a chunk that another one has. A source that answers for certain (not found,
-//! not allowed, not these bytes) is not asked again; when none is left, that is an error.
+//! A task asks the registry for exactly the bytes of the stored frames, which lie one after another, and reads the answer
+//! as it comes: each frame is handed to the decoders ([`crate::decode`]) when its last byte is there. They verify, decode
+//! and store it and tell the engine. While there is no room for what is not decoded yet, the answer is not read.
 //!
-//! Nothing here is queued without a bound: the scheduler asks for at most [`FETCHES_MAX`] chunks at a time, each of which
-//! ends in exactly one [`Completion`], so neither the decoders' queues nor the channel of completions can be full.
+//! Trouble with the network is waited out here, until the read deadline of the image that the bytes are fetched for: so
+//! long nothing may come. The registry crate retries each request on its own for a shorter time, so an outage shows here
+//! as one slow failure after another. Images that have the same blob take turns: an outage of one registry does not hold
+//! up a chunk that another one has. What has arrived is never asked for again, whoever sent it. A source that answers for
+//! certain (not found, not allowed, not these bytes) is not asked again; when none is left, the chunks that did not
+//! arrive have failed.
+//!
+//! Nothing here is without a bound: the scheduler bounds what is asked for, each order holds less than two pieces of its
+//! answer, and [`crate::decode`] bounds what has arrived.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use crossbeam::channel::Sender;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 use ublkimg_image::ChunkIndex;
 use ublkimg_registry::{Digest, ErrorKind as RegistryErrorKind, Repository};
-use ublkimg_scheduler::{ChunkKey, Class, DEMAND_CHUNKS_MAX, READ_AHEAD_CHUNKS_MAX};
+use ublkimg_scheduler::{BlobKey, BlobKind, ChunkKey, Class, FetchKey};
 
 use crate::counters::ImageCounters;
-use crate::decode::{DecodeJob, Decoders};
+use crate::decode::{DecodeJob, DecodeQueue, Decoders};
 use crate::error::{Error, Result};
 use crate::store::BlobFile;
 
-/// Chunks between the action to fetch them and their completion. At most 260 KiB stored and 256 KiB raw each, so buffers
-/// take less than 64 MiB.
-pub(crate) const FETCHES_MAX: usize = DEMAND_CHUNKS_MAX + READ_AHEAD_CHUNKS_MAX;
+/// News that wait for the engine. It takes microseconds for each; who finds no room waits for it.
+pub(crate) const PROGRESS_MAX: usize = 1024;
 
 /// Threads that speak to registries: TLS at 10 Gbit/s needs no more.
 const NETWORK_THREADS: usize = 2;
@@ -42,8 +46,9 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Source {
     pub(crate) repository: Repository,
-    /// The layer blob there.
+    /// The blob there.
     pub(crate) blob: Digest,
+    /// Its chunks; the frames of a hot blob.
     pub(crate) index: Arc<ChunkIndex>,
     /// How long a read waits for a registry that does not answer.
     pub(crate) read_deadline: Duration,
@@ -52,23 +57,39 @@ pub(crate) struct Source {
     pub(crate) attached: watch::Receiver<()>,
 }
 
-/// A chunk to fetch.
-#[derive(Debug)]
-pub(crate) struct FetchJob {
-    pub(crate) chunk: ChunkKey,
+/// What the scheduler wants.
+#[derive(Debug, Clone)]
+pub(crate) struct Order {
+    pub(crate) fetch: FetchKey,
+    pub(crate) blob: BlobKey,
+    /// Their stored bytes lie one after another.
+    pub(crate) chunks: Range<u32>,
     pub(crate) class: Class,
     /// Read deadlines count from here.
     pub(crate) since: std::time::Instant,
+}
+
+/// An order and who can fulfil it.
+#[derive(Debug)]
+pub(crate) struct FetchJob {
+    pub(crate) order: Order,
+    pub(crate) kind: BlobKind,
     pub(crate) file: Arc<BlobFile>,
     /// In the order in which they are tried.
     pub(crate) sources: Vec<Arc<Source>>,
 }
 
-/// How a fetch ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Completion {
-    pub(crate) chunk: ChunkKey,
-    pub(crate) outcome: Outcome,
+/// News of an order.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    /// The answer has begun.
+    FirstByte(FetchKey),
+    /// All bytes of a chunk are here; how it ends follows.
+    Arrived(ChunkKey),
+    /// The last news of a chunk.
+    Ended { chunk: ChunkKey, outcome: Outcome },
+    /// The images that it was fetched for were removed; these chunks did not arrive.
+    Abandoned(Order),
 }
 
 /// What became of a chunk.
@@ -76,10 +97,10 @@ pub(crate) struct Completion {
 pub(crate) enum Outcome {
     /// It is in the store.
     Stored,
-    /// It cannot be had; a positive errno.
+    /// It could not be had; a positive errno.
     Failed(i32),
-    /// The images that it was fetched for were removed meanwhile.
-    Abandoned,
+    /// Nobody has it, or not the right bytes: asking again is of no use. A positive errno.
+    Refused(i32),
 }
 
 /// The runtime and the decoders.
@@ -87,20 +108,20 @@ pub(crate) enum Outcome {
 pub(crate) struct Fetcher {
     runtime: tokio::runtime::Runtime,
     decoders: Decoders,
-    completions: Sender<Completion>,
+    progress: Sender<Progress>,
 }
 
 impl Fetcher {
-    /// Starts the threads. `completions` has room for [`FETCHES_MAX`].
-    pub(crate) fn start(completions: Sender<Completion>) -> Result<Self> {
+    /// Starts the threads. `progress` has room for [`PROGRESS_MAX`].
+    pub(crate) fn start(progress: Sender<Progress>) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(NETWORK_THREADS)
             .thread_name("fetch")
             .enable_all()
             .build()
             .map_err(|error| Error::io("start the network threads", error))?;
-        let decoders = Decoders::start(&completions)?;
-        Ok(Self { runtime, decoders, completions })
+        let decoders = Decoders::start(&progress)?;
+        Ok(Self { runtime, decoders, progress })
     }
 
     /// The runtime, for others that speak to registries.
@@ -113,7 +134,7 @@ impl Fetcher {
         Spawner {
             runtime: self.runtime.handle().clone(),
             decoders: self.decoders.queue(),
-            completions: self.completions.clone(),
+            progress: self.progress.clone(),
         }
     }
 
@@ -133,83 +154,186 @@ impl Fetcher {
 #[derive(Debug, Clone)]
 pub(crate) struct Spawner {
     runtime: tokio::runtime::Handle,
-    decoders: crate::decode::DecodeQueue,
-    completions: Sender<Completion>,
+    decoders: DecodeQueue,
+    progress: Sender<Progress>,
 }
 
 impl Spawner {
-    /// Starts a fetch; never blocks.
+    /// Starts a fetch, if there is a chunk to fetch; never blocks.
     pub(crate) fn fetch(&self, job: FetchJob) {
-        let (decoders, completions) = (self.decoders.clone(), self.completions.clone());
+        if job.order.chunks.is_empty() {
+            return;
+        }
+        let (decoders, progress) = (self.decoders.clone(), self.progress.clone());
         self.runtime.spawn(async move {
-            let chunk = job.chunk;
-            let outcome = match download_from_any(&job.sources, chunk.chunk, job.since.into()).await {
-                Ok((stored, source)) => {
-                    let decode = DecodeJob { chunk, class: job.class, stored, file: job.file, source };
-                    match decoders.push(decode) {
-                        Ok(()) => return,
-                        Err(_) => Outcome::Failed(libc::EIO),
-                    }
-                }
-                Err(outcome) => outcome,
-            };
-            // Room is there by construction; without a receiver nobody waits any more.
-            let _ = completions.try_send(Completion { chunk, outcome });
+            let mut download = Download { job, decoders, progress, frame: BytesMut::new(), begun: false };
+            let outcome = download.from_any().await;
+            download.finish(outcome);
         });
     }
 }
 
-/// The stored bytes of a chunk, unverified, and who had them, or how it ended.
-async fn download_from_any(
-    sources: &[Arc<Source>],
-    chunk: u32,
-    since: Instant,
-) -> Result<(Bytes, Arc<Source>), Outcome> {
-    let mut outcome = Outcome::Abandoned;
-    let mut pause = PAUSE_MIN;
-    let mut sources: Vec<_> = sources.to_vec();
-    loop {
-        let mut unavailable = Vec::new();
-        for source in sources {
-            match download(&source, chunk, since + source.read_deadline, pause).await {
-                Ok(stored) => return Ok((stored, source)),
-                Err(None) => unavailable.push(source),
-                Err(Some(Outcome::Abandoned)) => {}
-                Err(Some(failed)) => outcome = failed,
+/// An order under way. Its chunks are those that did not arrive yet.
+struct Download {
+    job: FetchJob,
+    decoders: DecodeQueue,
+    progress: Sender<Progress>,
+    /// What there is of the first of them.
+    frame: BytesMut,
+    begun: bool,
+}
+
+/// Why one source did not deliver.
+enum Trouble {
+    /// It is worth asking again.
+    Later,
+    /// Its image was removed.
+    Removed,
+    /// It says so for certain, or its time is up.
+    Certain(Outcome),
+}
+
+impl Download {
+    /// Tells what became of the chunks that did not arrive; `None` if nobody is left to ask.
+    fn finish(self, outcome: Option<Outcome>) {
+        let order = self.job.order;
+        match outcome {
+            None if order.chunks.is_empty() => {}
+            None => tell(&self.progress, Progress::Abandoned(order)),
+            Some(outcome) => {
+                for chunk in order.chunks.map(|chunk| ChunkKey { blob: order.blob, chunk }) {
+                    tell(&self.progress, Progress::Ended { chunk, outcome });
+                }
             }
         }
-        let Some(first) = unavailable.first() else { return Err(outcome) };
-        tokio::select! {
-            () = sleep(pause) => {}
-            () = removal(first) => {}
+    }
+
+    /// Asks the sources in turns until everything has arrived or none is worth asking.
+    async fn from_any(&mut self) -> Option<Outcome> {
+        let mut outcome = None;
+        let mut pause = PAUSE_MIN;
+        let mut heard: Instant = self.job.order.since.into();
+        let mut sources = self.job.sources.clone();
+        loop {
+            let mut unavailable = Vec::new();
+            for source in sources {
+                let left = self.job.order.chunks.len();
+                let trouble = match self.from_one(&source, &mut heard, pause).await {
+                    Ok(()) => return None,
+                    Err(trouble) => trouble,
+                };
+                match trouble {
+                    Trouble::Later => unavailable.push(source),
+                    Trouble::Removed => {}
+                    Trouble::Certain(certain) => {
+                        outcome = Some(certain);
+                        // Who does not have the whole chunk may not have the right one.
+                        self.frame.clear();
+                    }
+                }
+                if self.job.order.chunks.len() < left {
+                    pause = PAUSE_MIN;
+                }
+            }
+            let Some(first) = unavailable.first() else { return outcome };
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = removal(first) => {}
+            }
+            sources = unavailable;
+            pause = (pause * 2).min(PAUSE_MAX);
         }
-        sources = unavailable;
-        pause = (pause * 2).min(PAUSE_MAX);
+    }
+
+    /// Reads from one source what did not arrive yet. `heard` is when something was last heard of it, by anybody.
+    async fn from_one(&mut self, source: &Arc<Source>, heard: &mut Instant, pause: Duration) -> Result<(), Trouble> {
+        let chunks = self.job.order.chunks.clone();
+        let start = source.index.chunk(chunks.start).stored.start + self.frame.len() as u64;
+        let range = start..source.index.chunk(chunks.end - 1).stored.end;
+        source.counters.registry_requests.fetch_add(1, Ordering::Relaxed);
+        let mut answer = source.repository.blob_stream(&source.blob, range);
+        while !self.job.order.chunks.is_empty() {
+            let deadline = *heard + source.read_deadline;
+            let piece = tokio::select! {
+                piece = timeout_at(deadline, answer.next()) => piece,
+                () = removal(source) => return Err(Trouble::Removed),
+            };
+            let piece = match piece {
+                Ok(Some(Ok(piece))) => piece,
+                Ok(Some(Err(error))) => return Err(self.trouble(source, Some(&error), deadline, pause)),
+                // A stream that is shorter than its range; it promises not to be.
+                Ok(None) => return Err(Trouble::Certain(Outcome::Failed(libc::EIO))),
+                Err(_) => return Err(self.trouble(source, None, deadline, pause)),
+            };
+            *heard = Instant::now();
+            if !self.begun {
+                self.begun = true;
+                tell(&self.progress, Progress::FirstByte(self.job.order.fetch));
+            }
+            self.take(source, piece).await;
+        }
+        Ok(())
+    }
+
+    /// Cuts what came into frames, and hands over those that are whole. Waits while too much is not decoded yet.
+    async fn take(&mut self, source: &Arc<Source>, mut piece: Bytes) {
+        while !piece.is_empty() && !self.job.order.chunks.is_empty() {
+            let index = self.job.order.chunks.start;
+            let stored = source.index.chunk(index).stored;
+            // The index bounds a stored chunk to 260 KiB.
+            let len_bytes = usize::try_from(stored.end - stored.start).unwrap_or(usize::MAX);
+            let part = piece.split_to((len_bytes - self.frame.len()).min(piece.len()));
+            let stored = if part.len() == len_bytes {
+                part
+            } else {
+                self.frame.reserve(len_bytes - self.frame.len());
+                self.frame.extend_from_slice(&part);
+                if self.frame.len() < len_bytes {
+                    return;
+                }
+                self.frame.split().freeze()
+            };
+            self.job.order.chunks.start += 1;
+            let chunk = ChunkKey { blob: self.job.order.blob, chunk: index };
+            tell(&self.progress, Progress::Arrived(chunk));
+            let (file, source) = (Arc::clone(&self.job.file), Arc::clone(source));
+            let job = DecodeJob { chunk, class: self.job.order.class, kind: self.job.kind, stored, file, source };
+            if !self.decoders.push(job).await {
+                tell(&self.progress, Progress::Ended { chunk, outcome: Outcome::Failed(libc::EIO) });
+            }
+        }
+    }
+
+    /// What an error of a source means, or that it was silent until the deadline.
+    fn trouble(
+        &self,
+        source: &Source,
+        error: Option<&ublkimg_registry::Error>,
+        deadline: Instant,
+        pause: Duration,
+    ) -> Trouble {
+        let waits = error.is_none_or(|error| error.kind() == RegistryErrorKind::Unavailable);
+        if waits && Instant::now() + pause < deadline {
+            return Trouble::Later;
+        }
+        let cause = error.map_or_else(|| "the read deadline passed".to_owned(), ToString::to_string);
+        let (what, chunks) = (name_of(self.job.kind), &self.job.order.chunks);
+        tracing::error!("fetch: {what}s {chunks:?} of blob {}: {cause}", source.blob);
+        Trouble::Certain(if waits { Outcome::Failed(libc::EIO) } else { Outcome::Refused(libc::EIO) })
     }
 }
 
-/// Asks one source once: the stored bytes of a chunk, unverified; or how it ended; or `None` when it is worth asking
-/// again after `pause`.
-async fn download(source: &Source, chunk: u32, deadline: Instant, pause: Duration) -> Result<Bytes, Option<Outcome>> {
-    let range = source.index.chunk(chunk).stored;
-    source.counters.registry_requests.fetch_add(1, Ordering::Relaxed);
-    let attempt = timeout_at(deadline, source.repository.blob_range(&source.blob, range));
-    let attempt = tokio::select! {
-        attempt = attempt => attempt,
-        () = removal(source) => return Err(Some(Outcome::Abandoned)),
-    };
-    let error = match attempt {
-        Ok(Ok(stored)) => return Ok(stored),
-        Ok(Err(error)) => Some(error),
-        Err(_) => None,
-    };
-    let waits = error.as_ref().is_none_or(|error| error.kind() == RegistryErrorKind::Unavailable);
-    if waits && Instant::now() + pause < deadline {
-        return Err(None);
+/// What the parts of a blob are called.
+pub(crate) fn name_of(kind: BlobKind) -> &'static str {
+    match kind {
+        BlobKind::Layer => "chunk",
+        BlobKind::Hot => "hot frame",
     }
-    let cause = error.map_or_else(|| "the read deadline passed".to_owned(), |error| error.to_string());
-    tracing::error!("fetch: blob {} chunk {chunk}: {cause}", source.blob);
-    Err(Some(Outcome::Failed(libc::EIO)))
+}
+
+/// The engine always comes to read its messages; without it nobody waits any more.
+pub(crate) fn tell(progress: &Sender<Progress>, news: Progress) {
+    let _ = progress.send(news);
 }
 
 /// Returns when the image of a source was removed.

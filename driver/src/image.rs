@@ -2,21 +2,23 @@
 //!
 //! A queue thread calls [`ServedImage::plan`] for each request: it is arithmetic and a few atomic loads, takes no lock,
 //! performs no I/O, and allocates nothing once the [`Plan`] has grown. When everything is there the request is answered
-//! from the files of the plan. Otherwise [`ServedImage::demand`] parks the request: it returns at once, and the waiter
+//! from the files of the plan. A block is taken from the layer's blob file if it is there, else from the hot file of the
+//! profile that the image is started with. Otherwise [`ServedImage::demand`] parks the request: it returns at once, and the waiter
 //! runs later, on the engine's thread; after `Ok` the range is planned again.
 
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use ublkimg_image::{BLOCK_SIZE, ChunkIndex, DeviceMap, TAIL_BLOCKS, Target};
-use ublkimg_scheduler::{BlobKey, ChunkKey, ImageKey};
+use ublkimg_scheduler::{BlobKey, ChunkKey, FillMode};
 
 use crate::counters::{ImageCounters, ImageStatistics};
-use crate::engine::EngineHandle;
+use crate::engine::{Attachment, ImageReport};
 use crate::error::{Error, ErrorKind, Result};
 use crate::first_reads::{DeviceRead, FirstReads, Waited};
+use crate::hot::{HotMap, Withdrawn};
 use crate::store::BlobFile;
 
 /// Bytes of a block: the unit of the device.
@@ -74,6 +76,26 @@ impl Plan {
     pub fn pieces(&self) -> &[Piece] {
         &self.pieces
     }
+
+    /// Adds blocks of a file, to the last piece if they follow it.
+    fn push_file(&mut self, file: u16, first_block: u32, len_blocks: u32) {
+        let (start_bytes, more_bytes) = (offset_of(first_block), len_blocks * BLOCK_SIZE_BYTES);
+        if let Some(Piece::File { file: last, offset_bytes, len_bytes }) = self.pieces.last_mut()
+            && *last == file
+            && *offset_bytes + u64::from(*len_bytes) == start_bytes
+        {
+            *len_bytes += more_bytes;
+        } else {
+            self.pieces.push(Piece::File { file, offset_bytes: start_bytes, len_bytes: more_bytes });
+        }
+    }
+
+    /// Adds a chunk that is not there. A request has few.
+    fn push_missing(&mut self, chunk: ChunkKey) {
+        if !self.missing.contains(&chunk) {
+            self.missing.push(chunk);
+        }
+    }
 }
 
 /// A layer blob of the image.
@@ -98,28 +120,69 @@ impl ServedBlob {
         // Most reads are not the first: look before writing to a line that other threads read.
         word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::Relaxed) & bit == 0
     }
-}
 
-/// How an image reaches the engine; detaches it when dropped.
-#[derive(Debug)]
-pub(crate) struct Attachment {
-    pub(crate) engine: EngineHandle,
-    pub(crate) image: ImageKey,
-}
-
-impl Drop for Attachment {
-    fn drop(&mut self) {
-        self.engine.detach(self.image);
+    /// The chunks of a range of blocks.
+    fn each_chunk(&self, blocks: Range<u32>, mut take: impl FnMut(u32)) {
+        if !blocks.is_empty() {
+            (self.index.find(offset_of(blocks.start))..=self.index.find(offset_of(blocks.end - 1))).for_each(&mut take);
+        }
     }
+}
+
+/// The hot blob of the profile that the image is started with.
+#[derive(Debug)]
+pub(crate) struct ServedHot {
+    /// Its file, in which a block's number is its rank, and its frames.
+    blob: ServedBlob,
+    map: HotMap,
+    withdrawn: Arc<Withdrawn>,
+    /// Frames that nobody has read from. When there are none left, reads need not look for them.
+    untouched: AtomicU32,
+}
+
+impl ServedHot {
+    pub(crate) fn new(blob: ServedBlob, map: HotMap, withdrawn: Arc<Withdrawn>) -> Self {
+        let untouched = AtomicU32::new(blob.index.len());
+        Self { blob, map, withdrawn, untouched }
+    }
+
+    /// The frame of a rank, and the rank after its last.
+    fn frame(&self, rank: u32) -> (u32, u32) {
+        let frame = self.blob.index.find(offset_of(rank));
+        let end = self.blob.index.chunk(frame).raw.end / BLOCK_SIZE as u64;
+        (frame, u32::try_from(end).unwrap_or(u32::MAX))
+    }
+
+    fn touch(&self, frame: u32) -> bool {
+        let first = self.blob.touch(frame);
+        if first {
+            self.untouched.fetch_sub(1, Ordering::Relaxed);
+        }
+        first
+    }
+}
+
+/// What an image does to be read from before it is asked.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct PrefetchReport {
+    /// What the engine says.
+    pub engine: ImageReport,
+    /// Frames of the hot blob that is used; none without one.
+    pub hot_frames: u32,
+    /// Those that could not be had as they should be.
+    pub hot_frames_withdrawn: u32,
+    /// Blocks of the hot blob that are in the store.
+    pub hot_blocks_present: u32,
 }
 
 /// One attached image. Shared by the device's queue threads; detached when the last of them lets go.
 #[derive(Debug)]
 pub struct ServedImage {
     map: DeviceMap,
-    /// The metadata image, then the blob files.
+    /// The metadata image, then the blob files, then the hot file if there is one.
     files: Vec<Arc<File>>,
     blobs: Vec<ServedBlob>,
+    hot: Option<ServedHot>,
     counters: Arc<ImageCounters>,
     first_reads: FirstReads,
     /// `None` for an image that needs no engine, because it has no blobs.
@@ -132,7 +195,7 @@ impl ServedImage {
     /// # Errors
     /// `Invalid` without a block, or with more than a device can have.
     pub fn complete(file: File, file_blocks: u32) -> Result<Self> {
-        Self::new(Arc::new(file), file_blocks, Vec::new(), Arc::default(), None)
+        Self::new(Arc::new(file), file_blocks, Vec::new(), None, Arc::default(), None)
     }
 
     /// An image of a metadata image and layer blobs, in the order of its device table.
@@ -140,16 +203,18 @@ impl ServedImage {
         metadata: Arc<File>,
         metadata_blocks: u32,
         blobs: Vec<ServedBlob>,
+        hot: Option<ServedHot>,
         counters: Arc<ImageCounters>,
         attachment: Option<Attachment>,
     ) -> Result<Self> {
         let blob_blocks: Vec<u32> = blobs.iter().map(|blob| blob.index.raw_len_blocks()).collect();
         let map = DeviceMap::new(metadata_blocks, &blob_blocks)
             .map_err(|error| Error::caused(ErrorKind::Invalid, "lay out the device", error))?;
-        let files = std::iter::once(metadata).chain(blobs.iter().map(|blob| Arc::clone(blob.file.file()))).collect();
+        let of_blobs = blobs.iter().chain(hot.as_ref().map(|hot| &hot.blob)).map(|blob| Arc::clone(blob.file.file()));
+        let files = std::iter::once(metadata).chain(of_blobs).collect();
         let blob_blocks = map.metadata_blocks()..map.total_blocks() - TAIL_BLOCKS;
         let first_reads = FirstReads::new(blob_blocks);
-        Ok(Self { map, files, blobs, counters, first_reads, attachment })
+        Ok(Self { map, files, blobs, hot, counters, first_reads, attachment })
     }
 
     /// Length of the device.
@@ -190,15 +255,11 @@ impl ServedImage {
         let mut planned_blocks = 0;
         for segment in self.map.segments(start_block, len_blocks) {
             planned_blocks += segment.len_blocks;
-            let len_bytes = segment.len_blocks * BLOCK_SIZE_BYTES;
-            plan.pieces.push(match segment.target {
-                Target::Metadata { block } => Piece::File { file: 0, offset_bytes: offset_of(block), len_bytes },
-                Target::Blob { index, block } => {
-                    self.look_up(usize::from(index), block..block + segment.len_blocks, &mut plan.missing);
-                    Piece::File { file: index + 1, offset_bytes: offset_of(block), len_bytes }
-                }
-                Target::Zero => Piece::Zero { len_bytes },
-            });
+            match segment.target {
+                Target::Metadata { block } => plan.push_file(0, block, segment.len_blocks),
+                Target::Blob { index, block } => self.look_up(index, block..block + segment.len_blocks, plan),
+                Target::Zero => plan.pieces.push(Piece::Zero { len_bytes: segment.len_blocks * BLOCK_SIZE_BYTES }),
+            }
         }
         if planned_blocks < len_blocks {
             plan.pieces.push(Piece::Zero { len_bytes: (len_blocks - planned_blocks) * BLOCK_SIZE_BYTES });
@@ -206,32 +267,122 @@ impl ServedImage {
         if plan.missing.is_empty() { Readiness::Ready } else { Readiness::Missing }
     }
 
-    /// Notes the chunks of a range of blocks of a blob as read, and appends those that are not in the store.
-    fn look_up(&self, blob: usize, blocks: Range<u32>, missing: &mut Vec<ChunkKey>) {
-        let blob = &self.blobs[blob];
-        let mut first_missing = blob.file.first_missing(blocks.clone());
+    /// Plans a range of blocks of a layer blob, and notes what of it is read for the first time.
+    fn look_up(&self, layer: u16, blocks: Range<u32>, plan: &mut Plan) {
+        let blob = &self.blobs[usize::from(layer)];
         let mut at = blocks.start;
         while at < blocks.end {
-            let chunk = blob.index.find(offset_of(at));
-            let key = ChunkKey { blob: blob.key, chunk };
-            let raw_end = blob.index.chunk(chunk).raw.end / BLOCK_SIZE as u64;
-            let end = u32::try_from(raw_end).unwrap_or(u32::MAX).min(blocks.end);
-            let first_read = blob.touch(chunk);
-            if first_missing.is_some_and(|block| block < end) {
-                missing.push(key);
-                first_missing = blob.file.first_missing(end..blocks.end);
-            } else if first_read && let Some(attachment) = &self.attachment {
-                attachment.engine.touch(key);
+            let missing = blob.file.first_missing(at..blocks.end).unwrap_or(blocks.end);
+            if missing > at {
+                self.touch_chunks(blob, at..missing);
+                self.touch_frames(layer, at..missing);
+                // The metadata image is the first file.
+                plan.push_file(layer + 1, at, missing - at);
             }
+            let present = blob.file.first_present(missing..blocks.end).unwrap_or(blocks.end);
+            self.each_run(layer, missing..present, |run, rank| match rank {
+                Some((hot, rank)) => self.look_up_hot(hot, blob, &run, rank, plan),
+                None => self.miss_chunks(blob, run, plan),
+            });
+            at = present;
+        }
+    }
+
+    /// Plans blocks of a layer blob that lie side by side in the hot file, from `rank` on.
+    fn look_up_hot(&self, hot: &ServedHot, blob: &ServedBlob, blocks: &Range<u32>, rank: u32, plan: &mut Plan) {
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let rank = rank + (at - blocks.start);
+            let (frame, frame_end) = hot.frame(rank);
+            let len_blocks = (frame_end - rank).min(blocks.end - at);
+            let key = ChunkKey { blob: hot.blob.key, chunk: frame };
+            if hot.blob.file.first_missing(rank..rank + len_blocks).is_none() {
+                if hot.touch(frame) {
+                    self.tell_touch(key);
+                }
+                plan.push_file(self.hot_file(), rank, len_blocks);
+            } else if hot.withdrawn.contains(frame) {
+                self.miss_chunks(blob, at..at + len_blocks, plan);
+            } else {
+                hot.touch(frame);
+                plan.push_missing(key);
+            }
+            at += len_blocks;
+        }
+    }
+
+    /// Cuts blocks of a layer blob into those that lie side by side in the hot file, with the rank of the first, and those
+    /// that do not lie there.
+    fn each_run<'a>(
+        &'a self,
+        layer: u16,
+        blocks: Range<u32>,
+        mut take: impl FnMut(Range<u32>, Option<(&'a ServedHot, u32)>),
+    ) {
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let hot = self.hot.as_ref();
+            let found = hot.map(|hot| (hot, hot.map.find(usize::from(layer), at..blocks.end)));
+            let (rank, end) = match found {
+                Some((hot, (rank, end))) => (rank.map(|rank| (hot, rank)), end),
+                None => (None, blocks.end),
+            };
+            take(at..end, rank);
             at = end;
         }
+    }
+
+    /// Adds the chunks of blocks that are not there.
+    fn miss_chunks(&self, blob: &ServedBlob, blocks: Range<u32>, plan: &mut Plan) {
+        blob.each_chunk(blocks, |chunk| {
+            blob.touch(chunk);
+            plan.push_missing(ChunkKey { blob: blob.key, chunk });
+        });
+    }
+
+    /// Notes the chunks of blocks that are there as read.
+    fn touch_chunks(&self, blob: &ServedBlob, blocks: Range<u32>) {
+        blob.each_chunk(blocks, |chunk| {
+            if blob.touch(chunk) {
+                self.tell_touch(ChunkKey { blob: blob.key, chunk });
+            }
+        });
+    }
+
+    /// Notes the frames of blocks as read although they came from the layer: the profile foretold them.
+    fn touch_frames(&self, layer: u16, blocks: Range<u32>) {
+        if self.hot.as_ref().is_none_or(|hot| hot.untouched.load(Ordering::Relaxed) == 0) {
+            return;
+        }
+        self.each_run(layer, blocks, |run, rank| {
+            let Some((hot, mut rank)) = rank else { return };
+            let end = rank + (run.end - run.start);
+            while rank < end {
+                let (frame, frame_end) = hot.frame(rank);
+                if hot.touch(frame) {
+                    self.tell_touch(ChunkKey { blob: hot.blob.key, chunk: frame });
+                }
+                rank = frame_end;
+            }
+        });
+    }
+
+    fn tell_touch(&self, chunk: ChunkKey) {
+        if let Some(attachment) = &self.attachment {
+            attachment.engine.touch(attachment.image, chunk);
+        }
+    }
+
+    /// Index of the hot file: the last one.
+    fn hot_file(&self) -> u16 {
+        u16::try_from(self.files.len() - 1).unwrap_or(u16::MAX)
     }
 
     /// Asks for what `plan` (of [`Readiness::Missing`]) misses. Never blocks. `waiter` runs exactly once, perhaps before
     /// this returns, and with EIO at the latest when the engine stops.
     pub fn demand(&self, plan: &Plan, waited: Arc<Waited>, waiter: Waiter) {
-        let Some(attachment) = &self.attachment else { return waiter(Ok(())) };
-        attachment.engine.demand(plan.missing.clone(), Arc::clone(&self.counters), waited, waiter);
+        let Some(Attachment { engine, image }) = &self.attachment else { return waiter(Ok(())) };
+        engine.demand(*image, plan.missing.clone(), Arc::clone(&self.counters), waited, waiter);
     }
 
     /// To be called by the device once for each request: with the length when it is answered with data, else with the
@@ -261,6 +412,26 @@ impl ServedImage {
     #[must_use]
     pub fn statistics(&self) -> ImageStatistics {
         ImageStatistics { first_reads: self.first_reads.statistics(), ..self.counters.statistics() }
+    }
+
+    /// What is done so that reads do not wait.
+    #[must_use]
+    pub fn prefetch(&self) -> PrefetchReport {
+        let engine = self.attachment.as_ref().map(|Attachment { engine, image }| engine.report(*image));
+        let mut report = PrefetchReport { engine: engine.unwrap_or_default(), ..PrefetchReport::default() };
+        if let Some(hot) = &self.hot {
+            report.hot_frames = hot.blob.index.len();
+            report.hot_frames_withdrawn = hot.withdrawn.count();
+            report.hot_blocks_present = hot.blob.file.present_blocks();
+        }
+        report
+    }
+
+    /// Whether to fetch what nobody asked for, from now on.
+    pub fn set_fill(&self, mode: FillMode) {
+        if let Some(Attachment { engine, image }) = &self.attachment {
+            engine.set_fill(*image, mode);
+        }
     }
 
     /// Bytes of the layer blobs that are in the store, and all of them.

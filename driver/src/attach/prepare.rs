@@ -1,0 +1,154 @@
+//! From a metadata blob to open files: everything is checked against what names it before it is used.
+
+use std::io::Read as _;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+
+use ublkimg_image::zstd_frame::skippable_payload;
+use ublkimg_image::{
+    BLOCK_SIZE, Bundle, BundledLayer, ChunkIndex, DeviceMap, Geometry, Sha256, SkippableKind, flat_block0,
+    read_geometry,
+};
+use ublkimg_registry::Digest;
+use ublkimg_registry::erofs_manifest::{ErofsManifest, LayerRef};
+use ublkimg_scheduler::ChunkEntry;
+
+use crate::engine::entries;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{BlobFile, Store};
+
+/// Longest metadata image, in bytes, while it is decoded in memory: three to ten million files.
+const METADATA_RAW_BYTES_MAX: u64 = 1 << 30;
+
+/// Bytes of a stored metadata image that are compared at a time.
+const COMPARE_BYTES: usize = 1 << 20;
+
+/// A checked image with its files open.
+pub(super) struct Prepared {
+    pub(super) metadata: std::fs::File,
+    pub(super) metadata_blocks: u32,
+    pub(super) blobs: Vec<PreparedBlob>,
+}
+
+/// A layer blob.
+pub(super) struct PreparedBlob {
+    pub(super) file: Arc<BlobFile>,
+    pub(super) index: Arc<ChunkIndex>,
+    pub(super) entries: Vec<ChunkEntry>,
+}
+
+impl Prepared {
+    /// `blob` is the metadata blob, which has the digest that the manifest names.
+    pub(super) fn new(store: &Store, manifest: &ErofsManifest, blob: &[u8]) -> Result<Self> {
+        let digest = manifest.metadata.digest;
+        let corrupt = |why: &str| Error::new(ErrorKind::Corrupt, format!("metadata blob {digest}: {why}"));
+        let frames = part(blob, 0..manifest.metadata.bundle_range.start).ok_or_else(|| corrupt("too short"))?;
+        let bundle = part(blob, manifest.metadata.bundle_range.clone()).ok_or_else(|| corrupt("too short"))?;
+        let bundle = skippable_payload(SkippableKind::Ublkimg, bundle).and_then(Bundle::decode);
+        let bundle = bundle.map_err(|error| bad_format(digest, error))?;
+        check_bundle(&bundle, &manifest.layers)?;
+        let mut metadata = decode_metadata(frames).map_err(|error| {
+            Error::caused(ErrorKind::Corrupt, format!("metadata blob {digest} does not decode"), error)
+        })?;
+        let geometry = read_geometry(&metadata).map_err(|error| bad_format(digest, error))?;
+        check_geometry(&geometry, &bundle, digest)?;
+        let blob_blocks: Vec<u32> = geometry.devices.iter().map(|device| device.blocks).collect();
+        let map = DeviceMap::new(geometry.metadata_blocks, &blob_blocks);
+        let total_blocks = map.map_err(|error| bad_format(digest, error))?.total_blocks();
+        let block0 = metadata.first_chunk_mut::<BLOCK_SIZE>().ok_or_else(|| corrupt("empty"))?;
+        *block0 = flat_block0(block0, total_blocks).map_err(|error| bad_format(digest, error))?;
+        let metadata = open_metadata(store, Sha256(digest.0), &metadata)?;
+        let blobs = bundle.layers.into_iter().zip(&manifest.layers);
+        let blobs = blobs.map(|(bundled, layer)| PreparedBlob::open(store, bundled, layer)).collect::<Result<_>>()?;
+        Ok(Self { metadata, metadata_blocks: geometry.metadata_blocks, blobs })
+    }
+}
+
+impl PreparedBlob {
+    fn open(store: &Store, bundled: BundledLayer, layer: &LayerRef) -> Result<Self> {
+        let index = bundled.index;
+        let file = store.blob(Sha256(layer.index_digest.0), index.raw_len_blocks())?;
+        let entries = entries(&file, &index);
+        Ok(Self { file, index: Arc::new(index), entries })
+    }
+}
+
+/// The bundle must be about the blobs that the manifest lists, and each index the one that the manifest vouches for.
+fn check_bundle(bundle: &Bundle, layers: &[LayerRef]) -> Result<()> {
+    if bundle.layers.len() != layers.len() {
+        let what = format!("the bundle has {} layers, the manifest {}", bundle.layers.len(), layers.len());
+        return Err(Error::new(ErrorKind::Corrupt, what));
+    }
+    for (bundled, layer) in bundle.layers.iter().zip(layers) {
+        let index_start = bundled.index.section_offset_bytes();
+        let same = bundled.digest.0 == layer.digest.0
+            && bundled.blob_len_bytes == layer.size_bytes
+            && (index_start..layer.size_bytes) == layer.index_range
+            && bundled.index.digest().0 == layer.index_digest.0;
+        if !same {
+            let what = format!("the bundle and the manifest differ about layer blob {}", layer.digest);
+            return Err(Error::new(ErrorKind::Corrupt, what));
+        }
+    }
+    Ok(())
+}
+
+/// The device table must be about the same blobs with the same lengths.
+fn check_geometry(geometry: &Geometry, bundle: &Bundle, digest: Digest) -> Result<()> {
+    let devices = geometry.devices.iter().map(|device| (device.tag, device.blocks));
+    let layers = bundle.layers.iter().map(|layer| (layer.digest, layer.index.raw_len_blocks()));
+    if devices.eq(layers) {
+        return Ok(());
+    }
+    let what = format!("metadata blob {digest}: its device table does not fit the layer blobs");
+    Err(Error::new(ErrorKind::Corrupt, what))
+}
+
+fn decode_metadata(frames: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut metadata = Vec::new();
+    let decoder = zstd::stream::read::Decoder::with_buffer(frames)?;
+    decoder.take(METADATA_RAW_BYTES_MAX + 1).read_to_end(&mut metadata)?;
+    if metadata.len() as u64 > METADATA_RAW_BYTES_MAX {
+        return Err(std::io::Error::other(format!("longer than {METADATA_RAW_BYTES_MAX} bytes")));
+    }
+    Ok(metadata)
+}
+
+/// The metadata image as a file: what is there already, if it is `image` byte for byte, or `image` written now. The
+/// file's name vouches for the blob that it was made from, not for what lies in it.
+fn open_metadata(store: &Store, blob: Sha256, image: &[u8]) -> Result<std::fs::File> {
+    if let Some(file) = store.metadata(blob)?
+        && holds(&file, image)
+    {
+        return Ok(file);
+    }
+    store.put_metadata(blob, image)?;
+    let gone = || Error::new(ErrorKind::Internal, format!("metadata image {blob} vanished from the store"));
+    store.metadata(blob)?.ok_or_else(gone)
+}
+
+fn holds(file: &std::fs::File, image: &[u8]) -> bool {
+    let mut part = vec![0; COMPARE_BYTES];
+    let same_len = file.metadata().is_ok_and(|metadata| metadata.len() == image.len() as u64);
+    let mut offset_bytes = 0;
+    same_len
+        && image.chunks(COMPARE_BYTES).all(|expected| {
+            let part = &mut part[..expected.len()];
+            let read = file.read_exact_at(part, offset_bytes);
+            offset_bytes += expected.len() as u64;
+            read.is_ok() && part == expected
+        })
+}
+
+fn part(bytes: &[u8], range: Range<u64>) -> Option<&[u8]> {
+    bytes.get(usize::try_from(range.start).ok()?..usize::try_from(range.end).ok()?)
+}
+
+fn bad_format(digest: Digest, error: ublkimg_image::Error) -> Error {
+    let kind = match error.kind() {
+        ublkimg_image::ErrorKind::Unsupported => ErrorKind::NotOurs,
+        _ => ErrorKind::Corrupt,
+    };
+    Error::caused(kind, format!("metadata blob {digest}"), error)
+}

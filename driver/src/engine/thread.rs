@@ -1,0 +1,311 @@
+//! What the engine's thread does with its messages.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use crossbeam::channel::{Receiver, at, never};
+use tokio::sync::watch;
+use ublkimg_image::Sha256;
+use ublkimg_scheduler::{
+    Action, BlobKey, BlobKind, ChunkKey, Event, FillMode, ImageKey, LinkKey, Scheduler, Ticket,
+};
+
+use super::links::Links;
+use super::{AddedBlob, Control, Demand, IMAGES_MAX, ImageReport, NewBlob, Parked, is_present};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fetch::{FetchJob, Order, Outcome, Progress, Source, Spawner};
+use crate::hot::Withdrawn;
+use crate::store::BlobFile;
+
+pub(super) struct Inbox {
+    pub(super) demanded: Receiver<Demand>,
+    pub(super) touched: Receiver<(ImageKey, ChunkKey)>,
+    pub(super) controlled: Receiver<Control>,
+    pub(super) progressed: Receiver<Progress>,
+}
+
+/// A layer blob or a hot blob that at least one attached image has.
+struct Blob {
+    kind: BlobKind,
+    file: Arc<BlobFile>,
+    withdrawn: Arc<Withdrawn>,
+    /// The images that have it, in the order in which they came.
+    sources: Vec<(ImageKey, Arc<Source>)>,
+}
+
+impl Blob {
+    fn holds(&self, chunk: u32) -> bool {
+        let Some((_, source)) = self.sources.first() else { return false };
+        is_present(&self.file, &source.index, chunk)
+    }
+
+    fn job(&self, order: Order) -> FetchJob {
+        let sources = self.sources.iter().map(|(_, source)| Arc::clone(source)).collect();
+        FetchJob { order, kind: self.kind, file: Arc::clone(&self.file), sources }
+    }
+}
+
+struct Image {
+    link: LinkKey,
+    blobs: Vec<BlobKey>,
+    /// Dropped with the image: fetches for it end.
+    _attached: watch::Sender<()>,
+}
+
+pub(super) struct EngineThread {
+    start: Instant,
+    scheduler: Scheduler,
+    spawner: Spawner,
+    links: Links,
+    blobs: HashMap<BlobKey, Blob>,
+    /// Keys of `blobs` by the digest of what vouches for them.
+    by_index: BTreeMap<Sha256, BlobKey>,
+    images: BTreeMap<ImageKey, Image>,
+    waiters: HashMap<Ticket, Parked>,
+    /// Fires when the scheduler wants to be told that time has passed.
+    tick: Receiver<Instant>,
+    next_blob: u32,
+    next_ticket: u64,
+    actions: Vec<Action>,
+}
+
+impl EngineThread {
+    pub(super) fn new(spawner: Spawner) -> Self {
+        Self {
+            start: Instant::now(),
+            scheduler: Scheduler::new(),
+            spawner,
+            links: Links::default(),
+            blobs: HashMap::new(),
+            by_index: BTreeMap::new(),
+            images: BTreeMap::new(),
+            waiters: HashMap::new(),
+            tick: never(),
+            next_blob: 0,
+            next_ticket: 0,
+            actions: Vec::new(),
+        }
+    }
+
+    pub(super) fn run(mut self, inbox: &Inbox) {
+        loop {
+            crossbeam::select! {
+                recv(inbox.demanded) -> demand => if let Ok(demand) = demand { self.demand(demand); },
+                recv(inbox.progressed) -> news => if let Ok(news) = news { self.progress(news); },
+                recv(inbox.touched) -> touch => if let Ok((image, chunk)) = touch {
+                    self.step(Event::Touch { image, chunk });
+                },
+                recv(self.tick) -> _ => {
+                    self.tick = never();
+                    self.step(Event::Tick);
+                }
+                recv(inbox.controlled) -> control => match control {
+                    Ok(Control::Stop) | Err(_) => break,
+                    Ok(control) => self.control(control),
+                },
+            }
+        }
+    }
+
+    fn control(&mut self, control: Control) {
+        match control {
+            Control::AddImage { image, link, attached, reply } => {
+                let _ = reply.send(self.add_image(image, &link, attached));
+            }
+            Control::AddBlobs { image, blobs, reply } => {
+                let added = blobs.into_iter().map(|blob| self.add_blob(image, blob)).collect();
+                let _ = reply.send(added);
+            }
+            Control::SetPlan { image, entries, byte_cap } => {
+                self.step(Event::SetPlan { image, entries: &entries, byte_cap });
+            }
+            Control::SetFill { image, mode } => self.set_fill(image, mode),
+            Control::Detach { image } => self.detach(image),
+            Control::Report { image, reply } => drop(reply.try_send(self.report(image))),
+            Control::Counters { reply } => drop(reply.try_send(self.scheduler.counters())),
+            Control::SeedLinks(links) => {
+                for (name, estimate) in links {
+                    self.scheduler.seed_estimate(self.links.key(&name), estimate);
+                }
+            }
+            Control::Links { reply } => drop(reply.try_send(self.links.estimates(&self.scheduler))),
+            Control::Stop => {}
+        }
+    }
+
+    fn step(&mut self, event: Event<'_>) {
+        let mut actions = std::mem::take(&mut self.actions);
+        self.scheduler.step(event, self.start.elapsed(), &mut actions);
+        self.carry_out(actions);
+    }
+
+    fn carry_out(&mut self, mut actions: Vec<Action>) {
+        // Carrying out an action may add more.
+        let mut done = 0;
+        while let Some(action) = actions.get(done).cloned() {
+            done += 1;
+            match action {
+                Action::Wake { ticket, outcome } => {
+                    if let Some(parked) = self.waiters.remove(&ticket) {
+                        parked.wake(outcome);
+                    }
+                }
+                Action::Fetch { fetch, blob, chunks, class, since } => {
+                    self.fetch(Order { fetch, blob, chunks, class, since: self.start + since }, &mut actions);
+                }
+                Action::WakeAt { at: time } => self.tick = at(self.start + time),
+            }
+        }
+        actions.clear();
+        self.actions = actions;
+    }
+
+    /// Fetches chunks of a blob, save those that came in meanwhile.
+    fn fetch(&mut self, order: Order, actions: &mut Vec<Action>) {
+        let now = self.start.elapsed();
+        let key = |chunk: u32| ChunkKey { blob: order.blob, chunk };
+        let Some(blob) = self.blobs.get(&order.blob) else {
+            for chunk in order.chunks.clone().map(key) {
+                self.scheduler.step(Event::Failed { chunk, errno: libc::EIO }, now, actions);
+            }
+            return;
+        };
+        let mut rest = order.chunks.start;
+        for chunk in order.chunks.clone() {
+            // A fetch for an image that is gone came in after the blob was added again.
+            if blob.holds(chunk) {
+                self.spawner.fetch(blob.job(Order { chunks: rest..chunk, ..order.clone() }));
+                rest = chunk + 1;
+                self.scheduler.step(Event::Fetched { chunk: key(chunk) }, now, actions);
+            }
+        }
+        self.spawner.fetch(blob.job(Order { chunks: rest..order.chunks.end, ..order.clone() }));
+    }
+
+    fn demand(&mut self, demand: Demand) {
+        for &chunk in &demand.chunks {
+            let lost = |blob: &Blob| self.scheduler.is_present(chunk) && !blob.holds(chunk.chunk);
+            if self.blobs.get(&chunk.blob).is_some_and(lost) {
+                self.step(Event::Lost { chunk });
+            }
+        }
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
+        self.waiters.insert(ticket, demand.parked);
+        let misses = self.scheduler.counters().misses;
+        let event = Event::Demand { image: demand.image, ticket, chunks: &demand.chunks };
+        let mut actions = std::mem::take(&mut self.actions);
+        self.scheduler.step(event, self.start.elapsed(), &mut actions);
+        let is_miss = self.scheduler.counters().misses > misses;
+        // Before anybody is woken: the request looks at it when it is answered.
+        demand.waited.note(is_miss);
+        let counter = if is_miss { &demand.counters.misses } else { &demand.counters.late_hits };
+        counter.fetch_add(1, Ordering::Relaxed);
+        self.carry_out(actions);
+    }
+
+    fn progress(&mut self, news: Progress) {
+        match news {
+            Progress::FirstByte(fetch) => self.step(Event::FirstByte { fetch }),
+            Progress::Arrived(chunk) => self.step(Event::Arrived { chunk }),
+            Progress::Ended { chunk, outcome } => match outcome {
+                Outcome::Stored => self.step(Event::Fetched { chunk }),
+                Outcome::Failed(errno) => self.step(Event::Failed { chunk, errno }),
+                Outcome::Refused(errno) => self.refused(chunk, errno),
+            },
+            // Another image may have come for the blob since the fetch began; otherwise this fails.
+            Progress::Abandoned(order) => {
+                let mut actions = std::mem::take(&mut self.actions);
+                self.fetch(order, &mut actions);
+                self.carry_out(actions);
+            }
+        }
+    }
+
+    /// No source has the chunk as it should be. A layer's chunk is an error; a hot frame can be done without.
+    fn refused(&mut self, chunk: ChunkKey, errno: i32) {
+        let Some(blob) = self.blobs.get(&chunk.blob).filter(|blob| blob.kind == BlobKind::Hot) else {
+            return self.step(Event::Failed { chunk, errno });
+        };
+        if blob.withdrawn.insert(chunk.chunk)
+            && let Some((_, source)) = blob.sources.first()
+        {
+            let (frame, digest) = (chunk.chunk, source.index.chunk(chunk.chunk).id.0);
+            tracing::warn!("hot blob {} frame {frame} ({digest}) is withdrawn: chunks take its place", source.blob);
+        }
+        self.step(Event::Withdrawn { chunk });
+    }
+
+    fn add_image(&mut self, image: ImageKey, link: &str, attached: watch::Sender<()>) -> Result<()> {
+        if self.images.len() >= IMAGES_MAX {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("{IMAGES_MAX} images are attached, the most there can be: remove one first"),
+            ));
+        }
+        let link = self.links.key(link);
+        self.images.insert(image, Image { link, blobs: Vec::new(), _attached: attached });
+        self.step(Event::AddImage { image, link });
+        Ok(())
+    }
+
+    fn add_blob(&mut self, image: ImageKey, new: NewBlob) -> AddedBlob {
+        let index = new.file.index_digest();
+        let known = self.by_index.get(&index).copied();
+        let link = match self.images.get_mut(&image) {
+            Some(image) => {
+                image.blobs.extend(known.or(Some(BlobKey(self.next_blob))));
+                image.link
+            }
+            // It was removed meanwhile: whoever asks for this blob gets EIO.
+            None => return AddedBlob { key: BlobKey(u32::MAX), withdrawn: Arc::new(Withdrawn::new(0)) },
+        };
+        if let Some(key) = known
+            && let Some(blob) = self.blobs.get_mut(&key)
+        {
+            blob.sources.push((image, new.source));
+            return AddedBlob { key, withdrawn: Arc::clone(&blob.withdrawn) };
+        }
+        let key = BlobKey(self.next_blob);
+        self.next_blob += 1;
+        let withdrawn = Arc::new(Withdrawn::new(new.source.index.len()));
+        let added = AddedBlob { key, withdrawn: Arc::clone(&withdrawn) };
+        let sources = vec![(image, new.source)];
+        self.blobs.insert(key, Blob { kind: new.kind, file: new.file, withdrawn, sources });
+        self.by_index.insert(index, key);
+        self.step(Event::AddBlob { blob: key, link, kind: new.kind, chunks: &new.entries });
+        added
+    }
+
+    fn set_fill(&mut self, image: ImageKey, mode: FillMode) {
+        let Some(of_image) = self.images.get(&image) else { return };
+        let is_layer = |key: &&BlobKey| self.blobs.get(key).is_some_and(|blob| blob.kind == BlobKind::Layer);
+        let blobs: Vec<BlobKey> = of_image.blobs.iter().filter(is_layer).copied().collect();
+        self.step(Event::SetFill { image, mode, blobs: &blobs });
+    }
+
+    fn report(&self, image: ImageKey) -> ImageReport {
+        ImageReport {
+            prefetched: self.scheduler.image_counters(image).unwrap_or_default(),
+            fill: self.scheduler.fill_progress(image),
+            link: self.images.get(&image).and_then(|image| self.scheduler.estimate(image.link)),
+        }
+    }
+
+    fn detach(&mut self, image: ImageKey) {
+        let Some(removed) = self.images.remove(&image) else { return };
+        // First this: nothing more is fetched on its behalf.
+        self.step(Event::RemoveImage { image });
+        for key in removed.blobs {
+            let Some(blob) = self.blobs.get_mut(&key) else { continue };
+            blob.sources.retain(|(owner, _)| *owner != image);
+            if blob.sources.is_empty() {
+                self.by_index.remove(&blob.file.index_digest());
+                self.blobs.remove(&key);
+                self.step(Event::RemoveBlob { blob: key });
+            }
+        }
+    }
+}
