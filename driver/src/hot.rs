@@ -81,15 +81,6 @@ impl HotMap {
         }
         (None, runs.get(after).map_or(blocks.end, |run| run.block.min(blocks.end)))
     }
-
-    /// Every run as a place in the device table, a range of blocks and the rank of the first.
-    pub(crate) fn runs(&self) -> impl Iterator<Item = (usize, Range<u32>, u32)> + '_ {
-        let of_layer = |(layer, runs): (usize, &Vec<Run>)| {
-            let runs: Vec<_> = runs.iter().map(|run| (layer, run.block..run.block + run.len_blocks, run.rank)).collect();
-            runs
-        };
-        self.layers.iter().enumerate().flat_map(of_layer)
-    }
 }
 
 impl Run {
@@ -177,8 +168,6 @@ mod tests {
                     at = end;
                 }
             }
-            let listed = map.runs().flat_map(|(layer, blocks, rank)| blocks.zip(rank..).map(move |(b, r)| ((layer, b), r)));
-            prop_assert_eq!(listed.collect::<BTreeMap<_, _>>(), ranks);
         }
     }
 

@@ -20,11 +20,12 @@ pub mod namespace;
 pub mod store;
 #[cfg(test)]
 mod tests;
+pub mod trace_file;
 
-pub use attach::{AttachOptions, LoadedImage, attach, reopen};
+pub use attach::{AttachOptions, KeptProfile, LoadedImage, LoadedProfile, ProfileSource, attach, reopen};
 pub use counters::{ImageCounters, ImageStatistics};
-pub use engine::Engine;
+pub use engine::{Engine, ImageReport};
 pub use error::{Error, ErrorKind, Result};
 pub use first_reads::{DeviceRead, FirstReadStatistics, Waited};
-pub use image::ServedImage;
+pub use image::{PrefetchReport, ServedImage};
 pub use store::Store;

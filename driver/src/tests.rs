@@ -44,7 +44,7 @@ impl Rig {
     }
 
     fn reopen(&self, location: &Location, manifest: Digest) -> Result<LoadedImage> {
-        self.engine.runtime().block_on(reopen(&self.store, &self.engine, location, manifest, &self.options))
+        self.engine.runtime().block_on(reopen(&self.store, &self.engine, location, manifest, None, &self.options))
     }
 
     /// Ends the processes and starts them again on the same store.

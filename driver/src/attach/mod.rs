@@ -5,6 +5,10 @@
 //! store has. Each thing is checked against what named it before it is used: the manifest against its digest, the
 //! metadata blob against the manifest, each chunk index against the manifest, the device table against the indexes.
 //!
+//! Beside the image its profile is fetched ([`profile`]): its manifest with the image's, its trace with the metadata. What
+//! it says is fetched from the moment at which it is known, before there is a device, so the hot blob needs no place in
+//! that sequence.
+//!
 //! All of it is kept in the store, so [`reopen`] needs no registry.
 
 use std::sync::Arc;
@@ -16,20 +20,26 @@ use tokio::io::AsyncReadExt as _;
 use tokio::sync::watch;
 use ublkimg_image::{ChunkIndex, Sha256};
 use ublkimg_registry::descriptor::{MEDIA_TYPE_DOCKER_LIST, MEDIA_TYPE_INDEX, Platform};
-use ublkimg_registry::erofs_manifest::{ErofsManifest, choose};
+use ublkimg_registry::erofs_manifest::{ErofsManifest, LayerRef, choose};
+use ublkimg_registry::profile::{ListedProfile, profiles};
 use ublkimg_registry::{ClientOptions, Digest, Location, Repository};
 use ublkimg_scheduler::BlobKind;
 
 use crate::counters::ImageCounters;
-use crate::engine::{Attachment, Engine, NewBlob};
+use crate::engine::{AddedBlob, Attachment, Engine, NewBlob};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::Source;
 use crate::image::{ServedBlob, ServedImage};
 use crate::store::Store;
 
+mod plan;
 mod prepare;
+mod profile;
 
+use plan::PlannedLayer;
 use prepare::{Prepared, PreparedBlob};
+use profile::Profile;
+pub use profile::{KeptProfile, LoadedProfile, ProfileSource};
 
 /// How an image is attached.
 #[derive(Debug, Clone)]
@@ -42,16 +52,22 @@ pub struct AttachOptions {
     pub attach_deadline: Duration,
     /// How long a read waits for a registry that does not answer, before it fails with EIO.
     pub read_deadline: Duration,
+    /// What the image is started with.
+    pub profile: ProfileSource,
+    /// Digest of the command that is about to run, if it is known: it chooses the profile.
+    pub command: Option<Digest>,
 }
 
 impl Default for AttachOptions {
-    /// The platform of this machine; 60 s to attach, 300 s for a read.
+    /// The platform of this machine; 60 s to attach, 300 s for a read; the profile that fits.
     fn default() -> Self {
         Self {
             platform: Platform::host(),
             client: ClientOptions::default(),
             attach_deadline: Duration::from_secs(60),
             read_deadline: Duration::from_secs(300),
+            profile: ProfileSource::default(),
+            command: None,
         }
     }
 }
@@ -65,6 +81,8 @@ pub struct LoadedImage {
     pub manifest_digest: Digest,
     /// The manifest.
     pub manifest: ErofsManifest,
+    /// What it is started with.
+    pub profile: Option<LoadedProfile>,
 }
 
 /// Attaches the image that `location` names now. Runs on any tokio runtime.
@@ -80,10 +98,15 @@ pub async fn attach(
 ) -> Result<LoadedImage> {
     let attached = async {
         let attaching = Attaching::new(store, engine, location, options).await?;
-        let (manifest_digest, manifest) = attaching.manifest(&options.platform).await?;
-        let manifest = parse(manifest_digest, &manifest)?;
-        let blob = attaching.metadata_blob(&manifest).await?;
-        attaching.serve(manifest_digest, manifest, blob).await
+        let named = attaching.resolve(&options.platform).await?;
+        let image = async {
+            let manifest = attaching.manifest(&named).await?;
+            let blob = attaching.metadata_blob(&manifest).await?;
+            Ok((manifest, blob))
+        };
+        let profile = attaching.profile(&named, options);
+        let ((manifest, blob), profile) = tokio::try_join!(image, profile)?;
+        attaching.serve(named.digest, manifest, blob, profile).await
     };
     let timed_out = || {
         let seconds = options.attach_deadline.as_secs();
@@ -94,7 +117,7 @@ pub async fn attach(
 }
 
 /// Attaches an image that was attached before, without the registry; `location` is where its chunks are fetched from,
-/// should some be missing.
+/// should some be missing. `profile` is what it was started with.
 ///
 /// # Errors
 /// `NotFound` when the store does not have the image; otherwise as [`attach`].
@@ -103,6 +126,7 @@ pub async fn reopen(
     engine: &Engine,
     location: &Location,
     manifest_digest: Digest,
+    profile: Option<&KeptProfile>,
     options: &AttachOptions,
 ) -> Result<LoadedImage> {
     let attaching = Attaching::new(store, engine, location, options).await?;
@@ -111,7 +135,22 @@ pub async fn reopen(
     let manifest = parse(manifest_digest, &manifest)?;
     let digest = manifest.metadata.digest;
     let blob = attaching.stored(digest).await?.ok_or_else(|| not_here(digest))?;
-    attaching.serve(manifest_digest, manifest, blob).await
+    let profile = match profile {
+        Some(kept) => attaching.kept_profile(manifest_digest, kept).await,
+        None => None,
+    };
+    attaching.serve(manifest_digest, manifest, blob, profile).await
+}
+
+/// What a location names.
+struct Named {
+    /// Of the image's manifest.
+    digest: Digest,
+    manifest: Option<Bytes>,
+    /// The manifest is in the store.
+    is_stored: bool,
+    /// The profiles that what was named covers.
+    listed: Vec<ListedProfile>,
 }
 
 /// What attaching one image works with. The engine knows the image from the start, and forgets it if this is dropped.
@@ -148,32 +187,42 @@ impl<'a> Attaching<'a> {
         })
     }
 
-    /// The manifest that the location names, kept in the store.
-    async fn manifest(&self, platform: &Platform) -> Result<(Digest, Bytes)> {
+    /// What the location names.
+    async fn resolve(&self, platform: &Platform) -> Result<Named> {
         if let Location::Registry(reference) = self.location
             && let Some(digest) = reference.digest()
             && let Some(manifest) = self.stored(digest).await?
         {
-            return Ok((digest, manifest));
+            return Ok(Named { digest, manifest: Some(manifest), is_stored: true, listed: Vec::new() });
         }
         let what = || format!("resolve {}", self.location);
         self.count_request();
         let resolved = self.repository.resolve().await.map_err(|error| Error::registry(what(), error))?;
         self.count_bytes(resolved.bytes.len());
         let is_index = matches!(resolved.media_type.as_str(), MEDIA_TYPE_INDEX | MEDIA_TYPE_DOCKER_LIST);
-        let (digest, manifest) = if is_index {
-            let chosen = choose(&resolved.bytes, platform).map_err(|error| bad_manifest(resolved.digest, error))?;
-            match self.stored(chosen.digest).await? {
-                Some(manifest) => return Ok((chosen.digest, manifest)),
-                None => (chosen.digest, self.fetch_manifest(chosen.digest).await?),
-            }
-        } else {
-            (resolved.digest, resolved.bytes)
+        if !is_index {
+            let (digest, manifest) = (resolved.digest, Some(resolved.bytes));
+            return Ok(Named { digest, manifest, is_stored: false, listed: Vec::new() });
+        }
+        let bad = |error| bad_manifest(resolved.digest, error);
+        let digest = choose(&resolved.bytes, platform).map_err(bad)?.digest;
+        let listed = profiles(&resolved.bytes, &digest).map_err(bad)?;
+        let manifest = self.stored(digest).await?;
+        Ok(Named { digest, is_stored: manifest.is_some(), manifest, listed })
+    }
+
+    /// The image's manifest, kept in the store.
+    async fn manifest(&self, named: &Named) -> Result<ErofsManifest> {
+        let bytes = match &named.manifest {
+            Some(bytes) => bytes.clone(),
+            None => self.fetch_manifest(named.digest).await?,
         };
         // What is not ours does not go into the store.
-        parse(digest, &manifest)?;
-        self.keep(digest, manifest.clone()).await?;
-        Ok((digest, manifest))
+        let manifest = parse(named.digest, &bytes)?;
+        if !named.is_stored {
+            self.keep(named.digest, bytes).await?;
+        }
+        Ok(manifest)
     }
 
     async fn fetch_manifest(&self, digest: Digest) -> Result<Bytes> {
@@ -186,28 +235,38 @@ impl<'a> Attaching<'a> {
 
     /// The metadata blob, from the store or into it.
     async fn metadata_blob(&self, manifest: &ErofsManifest) -> Result<Bytes> {
-        let reference = &manifest.metadata;
-        if let Some(blob) = self.stored(reference.digest).await? {
+        self.blob("metadata blob", manifest.metadata.digest, manifest.metadata.size_bytes).await
+    }
+
+    /// A whole blob, from the store or into it; `what` it is. Whoever names it bounds its size.
+    async fn blob(&self, what: &str, digest: Digest, size_bytes: u64) -> Result<Bytes> {
+        if let Some(blob) = self.stored(digest).await? {
             return Ok(blob);
         }
-        let what = || format!("fetch metadata blob {}", reference.digest);
+        let what = || format!("fetch {what} {digest}");
         self.count_request();
-        let reader = self.repository.blob(&reference.digest, reference.size_bytes).await;
+        let reader = self.repository.blob(&digest, size_bytes).await;
         let mut reader = reader.map_err(|error| Error::registry(what(), error))?;
         let mut blob = Vec::new();
-        // The manifest bounds the size, and the reader ends there; it fails if the digest differs.
+        // The reader ends at that size; it fails if the digest differs.
         reader.read_to_end(&mut blob).await.map_err(|error| match error.downcast() {
             Ok(error) => Error::registry(what(), error),
             Err(error) => Error::io(what(), error),
         })?;
         self.count_bytes(blob.len());
         let blob = Bytes::from(blob);
-        self.keep(reference.digest, blob.clone()).await?;
+        self.keep(digest, blob.clone()).await?;
         Ok(blob)
     }
 
     /// The last step: the blobs are made known to the engine, and the image can be read.
-    async fn serve(self, manifest_digest: Digest, manifest: ErofsManifest, metadata_blob: Bytes) -> Result<LoadedImage> {
+    async fn serve(
+        self,
+        manifest_digest: Digest,
+        manifest: ErofsManifest,
+        metadata_blob: Bytes,
+        profile: Option<Profile>,
+    ) -> Result<LoadedImage> {
         let (store, of_blocking) = (Arc::clone(self.store), manifest.clone());
         let prepared = blocking(move || Prepared::new(&store, &of_blocking, &metadata_blob)).await?;
         let new_blob = |(blob, digest): (&PreparedBlob, Digest)| NewBlob {
@@ -218,12 +277,27 @@ impl<'a> Attaching<'a> {
         };
         let new = prepared.blobs.iter().zip(manifest.layers.iter().map(|layer| layer.digest)).map(new_blob).collect();
         let added = self.attachment.engine.add_blobs(self.attachment.image, new).await?;
-        let blobs = prepared.blobs.into_iter().zip(added);
-        let blobs = blobs.map(|(blob, added)| ServedBlob::new(added.key, blob.file, blob.index)).collect();
+        let blobs = prepared.blobs.into_iter().zip(added).zip(&manifest.layers);
+        let layer = |((blob, added), layer): ((PreparedBlob, AddedBlob), &LayerRef)| PlannedLayer {
+            digest: Sha256(layer.digest.0),
+            key: added.key,
+            file: blob.file,
+            index: blob.index,
+        };
+        let layers: Vec<PlannedLayer> = blobs.map(layer).collect();
+        let (hot, loaded) = match profile {
+            Some(profile) => {
+                let image_bytes = manifest.layers.iter().map(|layer| layer.size_bytes).sum();
+                let (hot, loaded) = self.follow(profile, &layers, image_bytes).await?;
+                (hot, Some(loaded))
+            }
+            None => (None, None),
+        };
+        let blobs = layers.into_iter().map(|layer| ServedBlob::new(layer.key, layer.file, layer.index)).collect();
         let metadata = Arc::new(prepared.metadata);
         let (counters, attachment) = (Arc::clone(&self.counters), Some(self.attachment));
-        let image = ServedImage::new(metadata, prepared.metadata_blocks, blobs, None, counters, attachment)?;
-        Ok(LoadedImage { image: Arc::new(image), manifest_digest, manifest })
+        let image = ServedImage::new(metadata, prepared.metadata_blocks, blobs, hot, counters, attachment)?;
+        Ok(LoadedImage { image: Arc::new(image), manifest_digest, manifest, profile: loaded })
     }
 
     /// This image's repository as a source of a blob's chunks.

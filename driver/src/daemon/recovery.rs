@@ -110,7 +110,8 @@ async fn recover_one(server: &Arc<Server>, record: DeviceRecord) -> Result<bool>
     let options = options(record.plain_http, record.auth_file.clone(), record.read_timeout_ms);
     let bad_record = |error| Error::caused(ErrorKind::Corrupt, format!("record of {}", record.name), error);
     let manifest: Digest = record.manifest.parse().map_err(bad_record)?;
-    let image = reopen(&server.store, &server.engine, &location, manifest, &options).await?.image;
+    let profile = record.profile.as_ref();
+    let image = reopen(&server.store, &server.engine, &location, manifest, profile, &options).await?.image;
     let served = Arc::clone(&image);
     let device = blocking(move || Prepared::recover(served, id)?.start()).await?;
     server.attached.lock().insert(record.name.clone(), Attached { record, device, image });

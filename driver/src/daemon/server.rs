@@ -160,6 +160,7 @@ impl Server {
             plain_http: request.plain_http,
             auth_file: request.auth_file,
             read_timeout_ms: request.read_timeout_ms,
+            profile: loaded.profile.map(|profile| profile.kept),
             mounts: Vec::new(),
             boot_id: self.boot_id.clone(),
         };

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::attach::KeptProfile;
 use crate::device::Transport;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -36,6 +37,9 @@ pub struct DeviceRecord {
     pub auth_file: Option<PathBuf>,
     /// See [`super::protocol::AddRequest::read_timeout_ms`].
     pub read_timeout_ms: u64,
+    /// What it was started with. Records of version 0.1.0 lack it.
+    #[serde(default)]
+    pub profile: Option<KeptProfile>,
     /// Mount points made by `add --mount`.
     pub mounts: Vec<PathBuf>,
     /// The boot in which the device was made: after a reboot it is gone and must be made anew.
@@ -158,6 +162,7 @@ mod tests {
             plain_http: false,
             auth_file: None,
             read_timeout_ms: 300_000,
+            profile: None,
             mounts: vec!["/mnt/a".into()],
             boot_id: "b".into(),
         }
