@@ -167,7 +167,7 @@ impl Spawner {
         let (decoders, progress) = (self.decoders.clone(), self.progress.clone());
         self.runtime.spawn(async move {
             let mut download = Download { job, decoders, progress, frame: BytesMut::new(), begun: false };
-            let outcome = download.from_any().await;
+            let outcome = download.read_from_any().await;
             download.finish(outcome);
         });
     }
@@ -209,7 +209,7 @@ impl Download {
     }
 
     /// Asks the sources in turns until everything has arrived or none is worth asking.
-    async fn from_any(&mut self) -> Option<Outcome> {
+    async fn read_from_any(&mut self) -> Option<Outcome> {
         let mut outcome = None;
         let mut pause = PAUSE_MIN;
         let mut heard: Instant = self.job.order.since.into();
@@ -218,7 +218,7 @@ impl Download {
             let mut unavailable = Vec::new();
             for source in sources {
                 let left = self.job.order.chunks.len();
-                let trouble = match self.from_one(&source, &mut heard, pause).await {
+                let trouble = match self.read_from_one(&source, &mut heard, pause).await {
                     Ok(()) => return None,
                     Err(trouble) => trouble,
                 };
@@ -246,7 +246,12 @@ impl Download {
     }
 
     /// Reads from one source what did not arrive yet. `heard` is when something was last heard of it, by anybody.
-    async fn from_one(&mut self, source: &Arc<Source>, heard: &mut Instant, pause: Duration) -> Result<(), Trouble> {
+    async fn read_from_one(
+        &mut self,
+        source: &Arc<Source>,
+        heard: &mut Instant,
+        pause: Duration,
+    ) -> Result<(), Trouble> {
         let chunks = self.job.order.chunks.clone();
         let start = source.index.chunk(chunks.start).stored.start + self.frame.len() as u64;
         let range = start..source.index.chunk(chunks.end - 1).stored.end;

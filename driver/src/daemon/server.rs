@@ -51,6 +51,7 @@ pub fn run_server(options: ServerOptions) -> Result<()> {
     tracing::info!(detached = detached.len(), "in a mount namespace of its own");
     let store = open_store(&directories)?;
     let engine = Engine::start()?;
+    engine.seed_links(store.links()?);
     let runtime = engine.runtime().clone();
     let server = Arc::new(Server {
         records: Records::new(directories.devices()),
@@ -106,7 +107,15 @@ impl Server {
             tracing::warn!(device = name, "left to the next server");
             attached.device.abandon();
         }
+        self.keep_links();
         self.store.sync()
+    }
+
+    /// Keeps what is known of links. It is worth a few round trips of a later start: trouble is logged.
+    fn keep_links(&self) {
+        if let Err(error) = self.store.put_links(&self.engine.links()) {
+            tracing::warn!("what is known of links is not kept: {}", error.chain());
+        }
     }
 
     async fn handle(self: Arc<Self>, request: Request) -> Reply {
@@ -218,6 +227,7 @@ impl Server {
         let Attached { record, device, image } = attached;
         let stopped = device.stop();
         drop(image);
+        self.keep_links();
         // There for the FUSE transport only, and empty unless its mount is held.
         let _ = std::fs::remove_dir(self.directories.fuse().join(&record.name));
         match stopped {

@@ -8,9 +8,7 @@ use std::time::Instant;
 use crossbeam::channel::{Receiver, at, never};
 use tokio::sync::watch;
 use ublkimg_image::Sha256;
-use ublkimg_scheduler::{
-    Action, BlobKey, BlobKind, ChunkKey, Event, FillMode, ImageKey, LinkKey, Scheduler, Ticket,
-};
+use ublkimg_scheduler::{Action, BlobKey, BlobKind, ChunkKey, Event, FillMode, ImageKey, LinkKey, Scheduler, Ticket};
 
 use super::links::Links;
 use super::{AddedBlob, Control, Demand, IMAGES_MAX, ImageReport, NewBlob, Parked, is_present};
@@ -153,7 +151,7 @@ impl EngineThread {
                     }
                 }
                 Action::Fetch { fetch, blob, chunks, class, since } => {
-                    self.fetch(Order { fetch, blob, chunks, class, since: self.start + since }, &mut actions);
+                    self.fetch(&Order { fetch, blob, chunks, class, since: self.start + since }, &mut actions);
                 }
                 Action::WakeAt { at: time } => self.tick = at(self.start + time),
             }
@@ -163,7 +161,7 @@ impl EngineThread {
     }
 
     /// Fetches chunks of a blob, save those that came in meanwhile.
-    fn fetch(&mut self, order: Order, actions: &mut Vec<Action>) {
+    fn fetch(&mut self, order: &Order, actions: &mut Vec<Action>) {
         let now = self.start.elapsed();
         let key = |chunk: u32| ChunkKey { blob: order.blob, chunk };
         let Some(blob) = self.blobs.get(&order.blob) else {
@@ -218,7 +216,7 @@ impl EngineThread {
             // Another image may have come for the blob since the fetch began; otherwise this fails.
             Progress::Abandoned(order) => {
                 let mut actions = std::mem::take(&mut self.actions);
-                self.fetch(order, &mut actions);
+                self.fetch(&order, &mut actions);
                 self.carry_out(actions);
             }
         }

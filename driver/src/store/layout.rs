@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! lock                          held by the one process that owns the store
-//! blobs/<index digest>.data     raw blocks of a layer blob, sparse
+//! links.json                    what is believed of the links to registries
+//! blobs/<index digest>.data     raw blocks of a layer blob, or of a hot blob, sparse
 //!                     .live     which of them are there, for this boot
 //!                     .durable  which of them are on the disk for certain
 //! objects/<digest>              manifests and metadata blobs as they were fetched
@@ -57,6 +58,10 @@ impl Layout {
 
     pub(crate) fn lock(&self) -> PathBuf {
         self.root.join("lock")
+    }
+
+    pub(crate) fn links(&self) -> PathBuf {
+        self.root.join("links.json")
     }
 
     fn blobs(&self) -> PathBuf {

@@ -9,6 +9,7 @@ mod bitmap;
 mod bitmap_file;
 mod blob_file;
 mod layout;
+mod links;
 mod objects;
 #[cfg(test)]
 mod tests;
