@@ -5,6 +5,7 @@
 //! `oci-layout` file, which is never replaced, so processes that push into one directory at once lose none of each other's
 //! tags. Readers need no lock. Work here blocks; [`crate::Repository`] runs it on tokio's blocking threads.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::Read;
 use std::ops::Range;
@@ -16,7 +17,9 @@ use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
 use crate::MAX_MANIFEST_BYTES;
+use crate::artifact::Artifact;
 use crate::blob::BlobSource;
+use crate::descriptor::Descriptor;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::repository::{Pushed, Resolved};
@@ -31,6 +34,8 @@ use temporary::Temporary;
 const VERSION_FILE: &str = "oci-layout";
 const VERSION: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 const INDEX_FILE: &str = "index.json";
+/// Manifests that are looked at for referrers; each is read whole.
+const MANIFESTS_MAX: usize = 1024;
 /// One step of a copy into the layout: hashing in larger steps gains nothing.
 const COPY_BYTES: usize = 256 << 10;
 
@@ -136,6 +141,37 @@ impl Layout {
             }
             _ => reading(&path, cause),
         })
+    }
+
+    /// The tag of the image that the location names, whether the location says it or not.
+    pub(crate) fn tag_of_image(&self) -> Result<Option<String>> {
+        let index = self.read_index()?;
+        let entry = index.select(self.tag.as_deref()).map_err(|error| error.within(&self.dir))?;
+        Ok(entry.tag)
+    }
+
+    /// What refers to this manifest: among the entries of `index.json` and of the indexes there. A layout has no other
+    /// list; files that are no manifests are passed over.
+    pub(crate) fn referrers(&self, subject: &Digest, artifact_type: Option<&str>) -> Result<Vec<Descriptor>> {
+        let mut pending = self.read_index()?.digests();
+        let (mut seen, mut found) = (HashSet::new(), Vec::new());
+        while let Some(digest) = pending.pop() {
+            if seen.len() >= MANIFESTS_MAX || !seen.insert(digest) || !self.has_blob(&digest) {
+                continue;
+            }
+            let Ok(bytes) = self.manifest(&digest) else { continue };
+            if let Ok(index) = Index::decode(&bytes) {
+                pending.extend(index.digests());
+            }
+            match Artifact::parse(&bytes) {
+                Ok(artifact) if artifact.subject.digest == *subject => found.push(artifact.descriptor(&bytes)),
+                _ => {}
+            }
+        }
+        found.retain(|entry| artifact_type.is_none() || entry.artifact_type.as_deref() == artifact_type);
+        // In the order of their digests: every reader sees the same.
+        found.sort_by_key(|entry| entry.digest);
+        Ok(found)
     }
 
     /// Copies, verifies, syncs and names a blob.

@@ -6,7 +6,8 @@
 //! the exact length. Every answer has a bound.
 //!
 //! **Trouble is waited out.** Refused and broken connections, silence, 408, 429 and 5xx, short bodies are tried again with
-//! growing, jittered pauses until [`ClientOptions::retry_deadline`]; 401, 403 and 404 are answers, not trouble. See `retry`.
+//! growing, jittered pauses until [`ClientOptions::retry_deadline`]; 401, 403 and 404 are answers, not trouble. A
+//! `Retry-After` holds everything that is asked through the same [`Repository`]. See `retry` and `gate`.
 //!
 //! **Secrets stay home.** `Authorization` goes to the registry's own host only; redirects are followed by this crate, not by
 //! the HTTP library, and a redirect's address (signed, therefore secret) appears in no message. Credentials come, in this
@@ -19,12 +20,14 @@
 
 #![forbid(unsafe_code)]
 
+mod artifact;
 mod auth;
 mod blob;
 pub mod descriptor;
 mod digest;
 pub mod erofs_manifest;
 mod error;
+mod gate;
 mod layout;
 mod options;
 pub mod profile;
@@ -41,7 +44,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
 pub use options::ClientOptions;
 pub use reference::{Location, Reference};
-pub use repository::{Pushed, Repository, Resolved};
+pub use repository::{NewProfile, Pushed, PushedProfile, Repository, Resolved};
 
 /// The longest manifest or index that is read or written: what registries accept (OCI distribution spec, "Pushing
 /// Manifests": at least 4 MiB; docker's registry refuses more).

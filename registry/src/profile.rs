@@ -7,7 +7,7 @@
 //!
 //! Where a profile is found decides what it may do, see [`Trust`]. The image's OCI index lists it beside the manifest
 //! ([`profiles`], [`add_to_index`]), so that choosing one costs no request and the digest of the index covers it; or it
-//! hangs on the image as a referrer.
+//! hangs on the image as a referrer ([`Repository::referrers`](crate::Repository::referrers)).
 //!
 //! [`ProfileManifest::parse`] is strict, and bounded like every parser of what was fetched.
 
@@ -24,6 +24,7 @@ mod json_spans;
 mod listing;
 
 pub use index_edit::add_to_index;
+pub(crate) use index_edit::{add_referrer, empty_index, index_around};
 pub use listing::{ListedProfile, ProfileChoice, Trust, choose_profile, profiles};
 
 /// Artifact type of a profile.
@@ -46,7 +47,7 @@ pub const ANNOTATION_DEFAULT: &str = "vnd.ublkimg.profile.default";
 
 /// Largest stored trace: the million entries that a trace may have, at 16 bytes.
 pub const TRACE_BYTES_MAX: u64 = 16 << 20;
-/// Largest hot blob: what the largest table ([`INLINE_BYTES_MAX`], 36 bytes for a frame of 256 KiB) can vouch for.
+/// Largest hot blob: above what the largest table ([`INLINE_BYTES_MAX`], 40 bytes for a frame of 256 KiB) can vouch for.
 pub const HOT_BYTES_MAX: u64 = 8 << 30;
 /// A trace of up to this size travels inside its descriptor when there is no hot blob to stream beside it: as base64 at
 /// 100 Mbit/s it takes less than the 40 ms round trip that it saves.

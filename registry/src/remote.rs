@@ -22,6 +22,7 @@ use crate::transport::Transport;
 mod blob_read;
 mod blob_stream;
 mod push;
+mod referrers;
 mod routes;
 
 use routes::Routes;
@@ -63,6 +64,11 @@ impl Remote {
         })
     }
 
+    /// The tag that a push goes to, as long as the reference is not pinned to a digest.
+    pub(crate) fn tag(&self) -> Option<&str> {
+        self.reference.tag().filter(|_| self.reference.digest().is_none())
+    }
+
     pub(crate) async fn resolve(&self) -> Result<Resolved> {
         let (name, what) = match (self.reference.digest(), self.reference.tag()) {
             (Some(digest), _) => (digest.to_string(), format!("manifest {digest}")),
@@ -85,7 +91,7 @@ impl Remote {
     async fn fetch_manifest(&self, name: &str, what: &str, expected: Option<Digest>) -> Result<(Bytes, HeaderMap)> {
         let mut backoff = self.backoff();
         loop {
-            let slot = backoff.slot(&self.slots).await?;
+            let slot = backoff.slot(&self.slots, self.transport.gate()).await?;
             let attempt = self.manifest_attempt(name, what, expected).await;
             drop(slot);
             match attempt {

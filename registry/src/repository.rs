@@ -14,6 +14,11 @@ use crate::options::ClientOptions;
 use crate::reference::Location;
 use crate::remote::Remote;
 
+mod profiles;
+mod referrers;
+
+pub use profiles::{NewProfile, PushedProfile};
+
 /// A piece of a range that is streamed from a file: one read on a blocking thread.
 const PIECE_BYTES: u64 = 1 << 20;
 
@@ -239,6 +244,9 @@ mod tests {
         send(&repository.resolve());
         send(&repository.manifest(&digest));
         send(&repository.blob_range(&digest, 0..1));
+        send(&repository.blob_stream(&digest, 0..1).next());
+        send(&repository.referrers(&digest, None));
+        send(&repository.find_profile(None, &digest, &crate::profile::ProfileChoice::Auto, None));
         send(&repository.has_blob(&digest));
         send(&repository.push_blob(&digest, 0, BlobSource::Bytes(Bytes::new()), None));
         send(&repository.push_manifest("", Bytes::new(), None));

@@ -3,7 +3,7 @@
 //! A failure says which of three it is. *Never*: an answer that a second question does not change (404, 401 after a fresh
 //! token). *Later*: trouble on the way or an overloaded registry; tried until the deadline, with pauses that double from
 //! 100 ms to 5 s and are jittered, so that many clients of one registry do not come back together, and never before the
-//! time that a `Retry-After` names. *Suspect*: an answer that cannot be right (wrong `Content-Range`, too long a body); a
+//! time that a `Retry-After` names, which holds all other requests too (see `gate`). *Suspect*: an answer that cannot be right (wrong `Content-Range`, too long a body); a
 //! broken proxy gives it always, a proxy that restarts gives it once, so it is tried a few times only.
 
 use std::hash::{BuildHasher, RandomState};
@@ -13,6 +13,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, sleep};
 
 use crate::error::{Error, Result};
+use crate::gate::Gate;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Long enough to spare a registry that restarts, short enough that a reader notices its return.
@@ -67,12 +68,18 @@ impl Backoff {
         Self { started: Instant::now(), deadline, pause: FIRST_PAUSE, attempts: 0, suspects: 0 }
     }
 
-    /// Waits for a free slot; that time does not count as time of the request.
-    pub(crate) async fn slot<'a>(&mut self, slots: &'a Semaphore) -> Result<SemaphorePermit<'a>> {
+    /// Waits for a free slot and an open gate; that time does not count as time of the request.
+    pub(crate) async fn slot<'a>(&mut self, slots: &'a Semaphore, gate: &Gate) -> Result<SemaphorePermit<'a>> {
         let since = Instant::now();
-        let permit = slots.acquire().await.map_err(|_| Error::unavailable("the client is shutting down"))?;
-        self.started += since.elapsed();
-        Ok(permit)
+        loop {
+            gate.pass().await;
+            let permit = slots.acquire().await.map_err(|_| Error::unavailable("the client is shutting down"))?;
+            // It may have closed meanwhile; the slot is not kept for that long.
+            if gate.closed_until().is_none() {
+                self.discount(since.elapsed());
+                return Ok(permit);
+            }
+        }
     }
 
     /// This much time is not the request's.
@@ -170,14 +177,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn waiting_for_a_slot_is_not_retry_time() {
-        let slots = Semaphore::new(0);
+    async fn waiting_for_slot_and_gate_is_not_retry_time() {
+        let (slots, gate) = (Semaphore::new(0), Gate::default());
+        gate.close(Duration::from_millis(200));
         let mut backoff = Backoff::new(Duration::from_millis(150));
         let free = async {
             sleep(Duration::from_millis(300)).await;
             slots.add_permits(1);
         };
-        let (slot, ()) = tokio::join!(backoff.slot(&slots), free);
+        let (slot, ()) = tokio::join!(backoff.slot(&slots, &gate), free);
         drop(slot.unwrap());
         assert!(backoff.wait(later(None)).await.is_ok());
     }

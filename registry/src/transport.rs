@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use url::Url;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::gate::Gate;
 use crate::options::ClientOptions;
 use crate::reference::{Reference, is_loopback};
 use crate::retry::{Failure, Retry};
@@ -34,6 +35,7 @@ pub(crate) struct Transport {
     plain: Client,
     tls: OnceLock<Client>,
     options: ClientOptions,
+    gate: Gate,
 }
 
 impl Transport {
@@ -46,7 +48,12 @@ impl Transport {
             .build()
             .map_err(|cause| Error::invalid("cannot set up HTTP").with_source(cause))?;
         let (registry, repository) = (reference.registry().to_owned(), reference.repository().to_owned());
-        Ok(Self { registry, repository, base: base.clone(), plain, tls: OnceLock::new(), options: options.clone() })
+        let (tls, gate) = (OnceLock::new(), Gate::default());
+        Ok(Self { registry, repository, base: base.clone(), plain, tls, options: options.clone(), gate })
+    }
+
+    pub(crate) fn gate(&self) -> &Gate {
+        &self.gate
     }
 
     pub(crate) fn options(&self) -> &ClientOptions {
@@ -58,7 +65,7 @@ impl Transport {
         url.origin() == self.base.origin()
     }
 
-    /// Sends one request and waits for the head of the answer.
+    /// Sends one request, once the gate is open, and waits for the head of the answer.
     pub(crate) async fn send(
         &self,
         method: Method,
@@ -66,6 +73,7 @@ impl Transport {
         headers: HeaderMap,
         body: Option<Bytes>,
     ) -> Result<Response, Failure> {
+        self.gate.pass().await;
         let limit = self.options.connect_timeout + self.options.response_timeout;
         match timeout(limit, self.start(method, url, headers, body.map(Body::from))).await {
             Ok(result) => result,
@@ -73,7 +81,7 @@ impl Transport {
         }
     }
 
-    /// The same without a limit of time, for a body that takes its own.
+    /// The same at once and without a limit of time, for a body that takes its own.
     pub(crate) async fn start(
         &self,
         method: Method,
@@ -85,7 +93,14 @@ impl Transport {
         if let Some(body) = body {
             request = request.body(body);
         }
-        request.send().await.map_err(|error| self.broken(url, error))
+        let response = request.send().await.map_err(|error| self.broken(url, error))?;
+        if matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+            && let Some(told) = retry_after(response.headers())
+        {
+            tracing::debug!(host = self.name(url), ?told, "held by Retry-After");
+            self.gate.close(told);
+        }
+        Ok(response)
     }
 
     /// The next piece of a body, `None` at its end.

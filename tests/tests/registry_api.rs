@@ -130,6 +130,15 @@ fn referrers_are_found_by_subject() {
     assert_eq!(index["manifests"].as_array().unwrap().len(), 1);
     assert_eq!(index["manifests"][0]["digest"], artifact.to_string());
     assert_eq!(index["manifests"][0]["artifactType"], "text/x");
+    for (only, count) in [("text/x", 1), ("text/y", 0)] {
+        let answer = connect(&registry).get(&format!("/v2/r/referrers/{subject}?artifactType={only}")).unwrap();
+        assert_eq!(answer.header("oci-filters-applied"), Some("artifactType"));
+        let index: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+        assert_eq!(index["manifests"].as_array().unwrap().len(), count);
+    }
+
+    let without = TestRegistry::start(Config { referrers: false, ..Config::default() }).unwrap();
+    assert_eq!(connect(&without).get(&format!("/v2/r/referrers/{subject}")).unwrap().status, 404);
 }
 
 #[test]

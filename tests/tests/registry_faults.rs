@@ -73,6 +73,35 @@ fn latency_and_hang() {
 }
 
 #[test]
+fn slow_bodies() {
+    let fixture = Fixture::with(Toxic::Slow { bytes_per_s: 2_000_000 });
+    let start = Instant::now();
+    assert!(fixture.connect().get(&fixture.path).unwrap().body == fixture.bytes);
+    let took = start.elapsed();
+    assert!(took >= Duration::from_millis(280), "600 kB at 2 MB/s take 300 ms: {took:?}");
+    fixture.is_over();
+}
+
+#[test]
+fn a_sequence_of_faults_goes_by_itself() {
+    let fixture = Fixture::new();
+    fixture.registry.set_fault("busy", Fault::new("*", Toxic::TooManyRequests { retry_after_s: 1 }).for_ms(300));
+    fixture.registry.set_fault("away", Fault::new("*", Toxic::Refuse).after_ms(300).for_ms(300));
+    let start = Instant::now();
+    let mut open = fixture.connect();
+    assert_eq!(open.get("/v2/").unwrap().status, 429);
+    while open.get("/v2/").is_ok() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(start.elapsed() >= Duration::from_millis(300), "open connections are reset");
+    while Connection::open(fixture.registry.addr()).is_err() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(start.elapsed() >= Duration::from_millis(600));
+    assert_eq!(fixture.connect().get("/v2/").unwrap().status, 200);
+}
+
+#[test]
 fn short_body_and_reset() {
     for (toxic, kind) in [
         (Toxic::ShortBody { after_bytes: 300_000 }, None),

@@ -6,11 +6,14 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::artifact::Artifact;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 
 /// image-spec, annotations.md: the name of a manifest inside its layout.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// image-spec, descriptor.md: set on an entry that is an artifact.
+const ARTIFACT_TYPE: &str = "artifactType";
 /// More tags than this are not listed in an error: it is one line.
 const LISTED_TAGS: usize = 8;
 
@@ -41,6 +44,7 @@ struct Entry {
 pub(super) struct Selected {
     pub(super) digest: Digest,
     pub(super) media_type: String,
+    pub(super) tag: Option<String>,
 }
 
 /// Why there is none, still without the directory's name.
@@ -70,7 +74,7 @@ impl Index {
         serde_json::to_vec(self).map_err(|cause| Error::invalid("index.json cannot be written").with_source(cause))
     }
 
-    /// The manifest with this tag; without a tag, the only one.
+    /// The manifest with this tag; without a tag, the only one. What hangs on an image does not make it ambiguous.
     pub(super) fn select(&self, tag: Option<&str>) -> Result<Selected, NotSelected> {
         let entry = match tag {
             Some(tag) => self
@@ -79,10 +83,11 @@ impl Index {
                 .find(|entry| entry.tag() == Some(tag))
                 .ok_or_else(|| NotSelected(ErrorKind::NotFound, format!("has no tag {tag}{}", self.tag_list())))?,
             None => {
-                let mut digests: Vec<_> = self.manifests.iter().map(|entry| &entry.digest).collect();
+                let images: Vec<_> = self.manifests.iter().filter(|entry| !entry.is_referrer()).collect();
+                let mut digests: Vec<_> = images.iter().map(|entry| &entry.digest).collect();
                 digests.sort_unstable();
                 digests.dedup();
-                match (digests.len(), self.manifests.first()) {
+                match (digests.len(), images.first().copied()) {
                     (1, Some(entry)) => entry,
                     (0, _) | (_, None) => {
                         return Err(NotSelected(ErrorKind::NotFound, "holds no manifest".to_owned()));
@@ -97,7 +102,12 @@ impl Index {
         let digest = entry.digest.parse().map_err(|error: Error| {
             NotSelected(ErrorKind::Corrupt, format!("has a manifest whose digest is malformed: {error}"))
         })?;
-        Ok(Selected { digest, media_type: entry.media_type.clone() })
+        Ok(Selected { digest, media_type: entry.media_type.clone(), tag: entry.tag().map(str::to_owned) })
+    }
+
+    /// Digests of the entries, as far as they are SHA-256.
+    pub(super) fn digests(&self) -> Vec<Digest> {
+        self.manifests.iter().filter_map(|entry| entry.digest.parse().ok()).collect()
     }
 
     /// Lists a manifest; `tag` moves to it from wherever it was. Untagged entries that it lists itself go away: they are
@@ -113,12 +123,14 @@ impl Index {
             return;
         }
         let annotations = tag.map(|tag| (REF_NAME.to_owned(), tag.to_owned())).into_iter().collect();
+        let artifact_type = Artifact::parse(manifest).ok().and_then(|artifact| artifact.artifact_type());
+        let artifact_type = artifact_type.map(|kind| (ARTIFACT_TYPE.to_owned(), kind.into()));
         self.manifests.push(Entry {
             media_type: media_type.to_owned(),
             digest: listed,
             size: manifest.len() as u64,
             annotations,
-            rest: Map::new(),
+            rest: artifact_type.into_iter().collect(),
         });
     }
 
@@ -135,6 +147,11 @@ impl Index {
 impl Entry {
     fn tag(&self) -> Option<&str> {
         self.annotations.get(REF_NAME).map(String::as_str)
+    }
+
+    /// Whether it was listed for what it refers to: no image by itself.
+    fn is_referrer(&self) -> bool {
+        self.tag().is_none() && self.rest.contains_key(ARTIFACT_TYPE)
     }
 }
 

@@ -129,3 +129,28 @@ fn concurrent_pushes_lose_no_tag() {
         assert_eq!(tagged.resolve().unwrap().bytes, format!("{{\"w\":{writer}}}"));
     }
 }
+
+#[test]
+fn what_refers_to_an_image_does_not_make_the_layout_ambiguous() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = layout(&dir, None);
+    let image = push(&layout, "{}", None);
+    let referrer = |kind: &str| {
+        let manifest = format!(
+            r#"{{"mediaType":"{MANIFEST}","artifactType":"{kind}","subject":{{"mediaType":"{MANIFEST}","digest":"{image}","size":2}},"annotations":{{"k":"v"}}}}"#
+        );
+        push(&layout, &manifest, None)
+    };
+    let (profile, other) = (referrer("p"), referrer("o"));
+    assert_eq!(layout.resolve().unwrap().digest, image);
+    let listed = layout.referrers(&image, Some("p")).unwrap();
+    assert_eq!(listed.iter().map(|entry| entry.digest).collect::<Vec<_>>(), [profile]);
+    assert_eq!((listed[0].annotations["k"].as_str(), listed[0].media_type.as_str()), ("v", MANIFEST));
+    assert_eq!(layout.referrers(&image, None).unwrap().len(), 2);
+    assert_eq!(layout.referrers(&profile, None).unwrap(), []);
+    // Listed by an index of the layout only, and a file that is gone.
+    let index = format!(r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"m","digest":"{profile}","size":1}}]}}"#);
+    layout.push_manifest(INDEX, &index.into(), Some("t")).unwrap();
+    fs::remove_file(layout.blob_path(&other)).unwrap();
+    assert_eq!(layout.referrers(&image, None).unwrap().len(), 1);
+}

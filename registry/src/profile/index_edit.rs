@@ -7,7 +7,8 @@ use serde_json::Value;
 use super::json_spans::array_in_object;
 use super::listing::{ListedProfile, Trust};
 use super::{ANNOTATION_DEFAULT, ANNOTATION_MANIFEST, ARTIFACT_TYPE, ProfileManifest};
-use crate::descriptor::{Descriptor, Index, MEDIA_TYPE_MANIFEST, Platform};
+use crate::descriptor::{Descriptor, Index, MEDIA_TYPE_INDEX, MEDIA_TYPE_MANIFEST, Platform};
+use crate::erofs_manifest::OS_FEATURE_EROFS;
 use crate::{Error, MAX_MANIFEST_BYTES};
 
 /// A profile manifest of up to this size travels inside its descriptor in the index, which saves the round trip before
@@ -39,6 +40,37 @@ pub fn add_to_index(index_bytes: &[u8], profile_bytes: &[u8], is_default: bool) 
         _ => Ok(Change::Keep),
     };
     edit(index_bytes, &index, &descriptor, change)
+}
+
+/// An index that lists nothing but this image, for a profile to be added: the platform is the image's, with the
+/// feature that says EROFS.
+///
+/// # Errors
+/// None that a sound descriptor can cause.
+pub(crate) fn index_around(image: Descriptor, platform: &Platform) -> Result<Bytes, Error> {
+    let platform = Platform { os_features: vec![OS_FEATURE_EROFS.to_owned()], ..platform.clone() };
+    index_of(vec![Descriptor { platform: Some(platform), data: None, ..image }])
+}
+
+/// An index without entries.
+pub(crate) fn empty_index() -> Result<Bytes, Error> {
+    index_of(Vec::new())
+}
+
+/// The index of referrers `index_bytes` with this one in it.
+pub(crate) fn add_referrer(index_bytes: &[u8], descriptor: &Descriptor) -> Result<Bytes, Error> {
+    let index = Index::parse(index_bytes)?;
+    if index.manifests.iter().any(|entry| entry.digest == descriptor.digest) {
+        return Ok(Bytes::copy_from_slice(index_bytes));
+    }
+    edit(index_bytes, &index, descriptor, |_, _| Ok(Change::Keep))
+}
+
+fn index_of(manifests: Vec<Descriptor>) -> Result<Bytes, Error> {
+    let media_type = Some(MEDIA_TYPE_INDEX.to_owned());
+    let index = Index { schema_version: 2, media_type, manifests, annotations: std::collections::BTreeMap::new() };
+    let bytes = serde_json::to_vec(&index).map_err(|cause| Error::invalid("image index").with_source(cause))?;
+    Ok(bytes.into())
 }
 
 fn describe(manifest: &ProfileManifest, bytes: &[u8], is_default: bool, inside: bool) -> Descriptor {

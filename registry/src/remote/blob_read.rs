@@ -39,7 +39,7 @@ impl Remote {
     pub(super) async fn blob_exists(&self, digest: &Digest, scope: &Scope) -> Result<bool> {
         let mut backoff = self.backoff();
         loop {
-            let slot = backoff.slot(&self.slots).await?;
+            let slot = backoff.slot(&self.slots, self.transport.gate()).await?;
             let attempt = self.exists_attempt(digest, scope).await;
             drop(slot);
             match attempt {
@@ -71,7 +71,7 @@ impl Remote {
         let mut bytes = BytesMut::with_capacity(first_capacity);
         let mut backoff = self.backoff();
         loop {
-            let slot = backoff.slot(&self.slots).await?;
+            let slot = backoff.slot(&self.slots, self.transport.gate()).await?;
             let attempt = self.range_attempt(digest, start + bytes.len() as u64..end, &mut bytes).await;
             drop(slot);
             match attempt {

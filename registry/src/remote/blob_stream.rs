@@ -141,7 +141,7 @@ impl BlobStream {
     /// Opens a body at the present place.
     async fn open(&mut self) -> Result<()> {
         loop {
-            let slot = self.backoff.slot(&self.remote.slots).await?;
+            let slot = self.backoff.slot(&self.remote.slots, self.remote.transport.gate()).await?;
             let attempt = self.attempt().await;
             drop(slot);
             match attempt {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{StreamExt, TryStreamExt};
-use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Body, Method, Response, StatusCode};
 use tokio::time::{Instant, sleep};
 use tokio_util::io::ReaderStream;
@@ -28,6 +28,16 @@ const COMMIT_TIME: Duration = Duration::from_secs(300);
 const PROGRESS_CHECK: Duration = Duration::from_millis(250);
 const FILE_READ_BYTES: usize = 256 << 10;
 
+/// A registry that keeps the referrers of a manifest's subject says so (distribution spec, "Pushing Manifests with Subject").
+const SUBJECT_HEADER: HeaderName = HeaderName::from_static("oci-subject");
+
+/// A manifest that was stored.
+pub(super) struct Stored {
+    pub(super) digest: Digest,
+    /// Whether the registry lists it as a referrer by itself.
+    pub(super) keeps_referrers: bool,
+}
+
 impl Remote {
     pub(crate) async fn push_blob(
         &self,
@@ -45,7 +55,7 @@ impl Remote {
         let mut backoff = self.backoff();
         let mut attempts = 0;
         loop {
-            let slot = backoff.slot(&self.slots).await?;
+            let slot = backoff.slot(&self.slots, self.transport.gate()).await?;
             let attempt = self.upload(digest, size_bytes, source, mount_from, &scope).await;
             drop(slot);
             attempts += 1;
@@ -114,6 +124,7 @@ impl Remote {
         if let Some(grant) = &grant {
             grant.apply(&mut headers);
         }
+        self.transport.gate().pass().await;
         let sent = Arc::new(AtomicU64::new(0));
         let body = body_of(source, Arc::clone(&sent)).await?;
         let request = self.transport.start(Method::PUT, place, headers, Some(body));
@@ -133,37 +144,45 @@ impl Remote {
     }
 
     pub(crate) async fn push_manifest(&self, media_type: &str, bytes: Bytes, tag: Option<&str>) -> Result<Digest> {
+        self.store_manifest(media_type, &bytes, tag).await.map(|stored| stored.digest)
+    }
+
+    pub(super) async fn store_manifest(&self, media_type: &str, bytes: &Bytes, tag: Option<&str>) -> Result<Stored> {
         tag.map_or(Ok(()), Self::check_tag)?;
-        let digest = Digest::of(&bytes);
+        let digest = Digest::of(bytes);
         let name = tag.map_or_else(|| digest.to_string(), str::to_owned);
         let media_type = HeaderValue::from_str(media_type)
             .map_err(|cause| Error::invalid(format!("{media_type:?} is not a media type")).with_source(cause))?;
         let mut backoff = self.backoff();
         loop {
-            let slot = backoff.slot(&self.slots).await?;
-            let attempt = self.put_manifest(&name, &media_type, &bytes, &digest).await;
+            let slot = backoff.slot(&self.slots, self.transport.gate()).await?;
+            let attempt = self.put_manifest(&name, &media_type, bytes, &digest).await;
             drop(slot);
             match attempt {
-                Ok(()) => return Ok(digest),
+                Ok(keeps_referrers) => return Ok(Stored { digest, keeps_referrers }),
                 Err(failure) => backoff.wait(failure).await?,
             }
         }
     }
 
+    /// Whether the registry says that it keeps the list of the subject's referrers.
     async fn put_manifest(
         &self,
         name: &str,
         media_type: &HeaderValue,
         bytes: &Bytes,
         digest: &Digest,
-    ) -> Result<(), Failure> {
+    ) -> Result<bool, Failure> {
         let what = format!("manifest {name}");
         let scope = Scope::push(self.reference.repository(), None);
         let headers = HeaderMap::from_iter([(CONTENT_TYPE, media_type.clone())]);
         let url = self.address(&format!("manifests/{name}"))?;
         let response = self.call(Method::PUT, &url, headers, Some(bytes.clone()), &scope).await?;
         match response.status() {
-            StatusCode::CREATED | StatusCode::OK | StatusCode::ACCEPTED => self.check_stored(digest, &response, &what),
+            StatusCode::CREATED | StatusCode::OK | StatusCode::ACCEPTED => {
+                self.check_stored(digest, &response, &what)?;
+                Ok(response.headers().contains_key(SUBJECT_HEADER))
+            }
             _ => Err(self.transport.refusal(response, &what).await),
         }
     }

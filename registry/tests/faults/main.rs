@@ -3,9 +3,12 @@
 
 mod auth;
 mod fake;
+mod gate;
 mod manifest;
 mod push;
 mod range;
 mod redirect;
+mod referrers;
+mod stream;
 mod tls;
 mod whole;

@@ -271,8 +271,10 @@ async fn requests_in_flight_are_bounded() {
         let now = counter.fetch_add(1, Ordering::SeqCst) + 1;
         peak.fetch_max(now, Ordering::SeqCst);
         let counter = Arc::clone(&counter);
+        // From now, not from when a busy machine starts the task: it must end before the answer leaves.
+        let answered_at = tokio::time::Instant::now() + Duration::from_millis(40);
         tokio::spawn(async move {
-            tokio::time::sleep(Duration::from_millis(40)).await;
+            tokio::time::sleep_until(answered_at).await;
             counter.fetch_sub(1, Ordering::SeqCst);
         });
         partial(request, &bytes).after(Duration::from_millis(50))

@@ -36,6 +36,10 @@ struct Arguments {
     /// Ask for this user and password (Basic).
     #[arg(long, value_name = "USER:PASSWORD")]
     user: Option<String>,
+
+    /// Have no referrers API, as docker's registry.
+    #[arg(long)]
+    no_referrers: bool,
 }
 
 /// An image of a layout, and the name it gets.
@@ -80,6 +84,7 @@ fn main() -> anyhow::Result<()> {
         link: LinkConfig::new(arguments.rate_mbit, arguments.delay_ms),
         auth,
         store_dir: arguments.store,
+        referrers: !arguments.no_referrers,
     })?;
     for load in &arguments.load {
         registry.load_layout(&load.layout, load.layout_tag.as_deref(), &load.repository, &load.tag)?;

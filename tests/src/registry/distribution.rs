@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::{Query, Request, State};
 use axum::http::header::{CONTENT_TYPE, LOCATION};
-use axum::http::{HeaderMap, Method, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt, Limited};
 use serde_json::json;
@@ -25,6 +25,8 @@ pub(crate) type Parameters = BTreeMap<String, String>;
 pub(crate) struct Distribution {
     pub(crate) storage: Arc<Storage>,
     pub(crate) uploads: Uploads,
+    /// Whether it has the referrers API.
+    pub(crate) has_referrers: bool,
 }
 
 /// `/v2/<name>/...`, where the name may contain slashes.
@@ -114,7 +116,12 @@ impl Distribution {
                 self.uploads.answer(&self.storage, (repository, id), parameters, &parts, body).await
             }
             Route::Tags { repository } if is_read => self.tags(repository),
-            Route::Referrers { repository, digest } if is_read => self.referrers(repository, digest),
+            Route::Referrers { .. } if !self.has_referrers => {
+                Err(ApiError::not_found("UNSUPPORTED", "the referrers API"))
+            }
+            Route::Referrers { repository, digest } if is_read => {
+                self.referrers(repository, digest, parameters.get("artifactType").map(String::as_str))
+            }
             _ => Err(ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", format!("{method} is not for this"))),
         }
     }
@@ -156,7 +163,8 @@ impl Distribution {
         self.check_manifest(repository, &bytes)?;
         let subject = serde_json::from_slice::<serde_json::Value>(&bytes)
             .ok()
-            .and_then(|manifest| Some(manifest.get("subject")?.get("digest")?.as_str()?.to_owned()));
+            .and_then(|manifest| Some(manifest.get("subject")?.get("digest")?.as_str()?.to_owned()))
+            .filter(|_| self.has_referrers);
         let digest = self.storage.add_manifest(repository, bytes, media_type, tag)?;
         let location = format!("/v2/{repository}/manifests/{digest}");
         let mut response = (StatusCode::CREATED, [(LOCATION.as_str(), location), (CONTENT_DIGEST, digest.to_string())])
@@ -203,7 +211,7 @@ impl Distribution {
         Ok(json_answer("application/json", &json!({"name": repository, "tags": tags})))
     }
 
-    fn referrers(&self, repository: &str, subject: &str) -> Result<Response, ApiError> {
+    fn referrers(&self, repository: &str, subject: &str, only: Option<&str>) -> Result<Response, ApiError> {
         let contents = self.storage.repository(repository).unwrap_or_default();
         let mut descriptors = Vec::new();
         for (name, media_type) in &contents.manifests {
@@ -211,6 +219,9 @@ impl Distribution {
             let Ok(manifest) = serde_json::from_slice::<serde_json::Value>(&blob.read()?) else { continue };
             if manifest.pointer("/subject/digest").and_then(|digest| digest.as_str()) == Some(subject) {
                 let artifact_type = manifest.get("artifactType").or_else(|| manifest.pointer("/config/mediaType"));
+                if only.is_some() && artifact_type.and_then(|kind| kind.as_str()) != only {
+                    continue;
+                }
                 descriptors.push(json!({
                     "mediaType": media_type, "digest": name, "size": blob.size_bytes(),
                     "artifactType": artifact_type, "annotations": manifest.get("annotations"),
@@ -218,7 +229,12 @@ impl Distribution {
             }
         }
         let media_type = "application/vnd.oci.image.index.v1+json";
-        Ok(json_answer(media_type, &json!({"schemaVersion": 2, "mediaType": media_type, "manifests": descriptors})))
+        let index = json!({"schemaVersion": 2, "mediaType": media_type, "manifests": descriptors});
+        let mut response = json_answer(media_type, &index);
+        if only.is_some() {
+            response.headers_mut().insert("OCI-Filters-Applied", HeaderValue::from_static("artifactType"));
+        }
+        Ok(response)
     }
 }
 

@@ -7,7 +7,7 @@
 //! ```json
 //! {"slow": {"path": "*/blobs/*", "toxic": {"latency": {"latency_ms": 1000}}},
 //!  "busy": {"path": "*", "times": 3, "toxic": {"status": {"code": 503}}},
-//!  "away": {"for_ms": 2000, "toxic": "refuse"}}
+//!  "away": {"after_ms": 500, "for_ms": 2000, "toxic": "refuse"}}
 //! ```
 
 use std::collections::BTreeMap;
@@ -36,6 +36,11 @@ pub enum Toxic {
     TooManyRequests {
         /// Value of `Retry-After`.
         retry_after_s: u64,
+    },
+    /// The body comes no faster than this.
+    Slow {
+        /// Bytes per second of each answer.
+        bytes_per_s: u64,
     },
     /// The connection closes in the middle of the body, which its Content-Length still promises whole.
     ShortBody {
@@ -74,7 +79,10 @@ pub struct Fault {
     /// Only the next so many requests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub times: Option<u64>,
-    /// Only so long, from when it is set.
+    /// Only from so long after it is set, so that one call can set a sequence of faults.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after_ms: Option<u64>,
+    /// Only so long, from when it begins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub for_ms: Option<u64>,
     /// What goes wrong.
@@ -88,7 +96,7 @@ fn any_path() -> String {
 impl Fault {
     /// `toxic` for every request to a path that matches `path`.
     pub fn new(path: &str, toxic: Toxic) -> Self {
-        Self { path: path.into(), method: None, times: None, for_ms: None, toxic }
+        Self { path: path.into(), method: None, times: None, after_ms: None, for_ms: None, toxic }
     }
 
     /// The same, for the next `times` requests only.
@@ -103,7 +111,13 @@ impl Fault {
         Self { method: Some(method.into()), ..self }
     }
 
-    /// The same, for `for_ms` from when it is set.
+    /// The same, from `after_ms` after it is set.
+    #[must_use]
+    pub fn after_ms(self, after_ms: u64) -> Self {
+        Self { after_ms: Some(after_ms), ..self }
+    }
+
+    /// The same, for `for_ms` from when it begins.
     #[must_use]
     pub fn for_ms(self, for_ms: u64) -> Self {
         Self { for_ms: Some(for_ms), ..self }
@@ -117,6 +131,8 @@ pub(crate) struct ActiveFault {
     fault: Fault,
     hits: u64,
     #[serde(skip)]
+    begins_at: Instant,
+    #[serde(skip)]
     ends_at: Option<Instant>,
 }
 
@@ -125,8 +141,17 @@ impl ActiveFault {
         self.ends_at.is_some_and(|at| Instant::now() >= at) || self.fault.times.is_some_and(|times| self.hits >= times)
     }
 
+    fn has_begun(&self) -> bool {
+        Instant::now() >= self.begins_at
+    }
+
+    fn refuses(&self) -> bool {
+        self.fault.toxic == Toxic::Refuse && self.has_begun() && !self.is_over()
+    }
+
     fn matches(&self, method: &str, path: &str) -> bool {
-        !self.is_over()
+        self.has_begun()
+            && !self.is_over()
             && self.fault.method.as_deref().is_none_or(|only| only.eq_ignore_ascii_case(method))
             && pattern_matches(self.fault.path.as_bytes(), path.as_bytes())
     }
@@ -150,8 +175,9 @@ impl Faults {
             for (name, fault) in changes {
                 active.remove(&name);
                 if let Some(fault) = fault {
-                    let ends_at = fault.for_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
-                    active.insert(name, ActiveFault { fault, hits: 0, ends_at });
+                    let begins_at = Instant::now() + Duration::from_millis(fault.after_ms.unwrap_or(0));
+                    let ends_at = fault.for_ms.map(|ms| begins_at + Duration::from_millis(ms));
+                    active.insert(name, ActiveFault { fault, hits: 0, begins_at, ends_at });
                 }
             }
         });
@@ -189,8 +215,23 @@ impl Faults {
 
     pub(crate) async fn until_down(&self) {
         let mut active = self.active.subscribe();
-        // An error means that the registry ends; so does the caller's task.
-        drop(active.wait_for(any_refuses).await);
+        loop {
+            let begins_at = {
+                let active = active.borrow_and_update();
+                if any_refuses(&active) {
+                    return;
+                }
+                next_refusal(&active)
+            };
+            // Nothing announces that a fault's time has come. An error means that the registry ends; so does the caller's
+            // task.
+            let changed = active.changed();
+            match begins_at {
+                Some(at) => drop(tokio::time::timeout_at(at.into(), changed).await),
+                None if changed.await.is_err() => return,
+                None => {}
+            }
+        }
     }
 
     pub(crate) async fn until_up(&self) {
@@ -214,7 +255,13 @@ impl Faults {
 }
 
 fn any_refuses(active: &BTreeMap<String, ActiveFault>) -> bool {
-    active.values().any(|active| active.fault.toxic == Toxic::Refuse && !active.is_over())
+    active.values().any(ActiveFault::refuses)
+}
+
+/// When the registry will go down by itself.
+fn next_refusal(active: &BTreeMap<String, ActiveFault>) -> Option<Instant> {
+    let to_come = active.values().filter(|active| active.fault.toxic == Toxic::Refuse && !active.has_begun());
+    to_come.map(|active| active.begins_at).min()
 }
 
 /// Whether `pattern` with `*` for any characters matches all of `text`.
@@ -256,13 +303,29 @@ mod tests {
         assert_eq!(faults.hits("twice"), 0);
     }
 
+    #[tokio::test]
+    async fn a_sequence_goes_by_itself() {
+        let faults = Faults::new();
+        let busy = Fault::new("*", Toxic::Status { code: 503 }).after_ms(100).for_ms(100);
+        let away = Fault::new("*", Toxic::Refuse).after_ms(200).for_ms(100);
+        let start = Instant::now();
+        faults.change(BTreeMap::from([("busy".into(), Some(busy)), ("away".into(), Some(away))]));
+        assert!(faults.meet("GET", "/").is_empty() && !faults.is_down());
+        tokio::time::sleep(Duration::from_millis(120)).await;
+        assert_eq!(faults.meet("GET", "/").is_empty(), start.elapsed() >= Duration::from_millis(200));
+        faults.until_down().await;
+        assert!(start.elapsed() >= Duration::from_millis(200));
+        faults.until_up().await;
+        assert!(start.elapsed() >= Duration::from_millis(300));
+    }
+
     #[test]
     fn json_of_the_module_head() {
         let json = r#"{"slow": {"path": "*/blobs/*", "toxic": {"latency": {"latency_ms": 1000}}},
             "busy": {"path": "*", "times": 3, "toxic": {"status": {"code": 503}}},
-            "away": {"for_ms": 2000, "toxic": "refuse"}, "gone": null}"#;
+            "away": {"after_ms": 500, "for_ms": 2000, "toxic": "refuse"}, "gone": null}"#;
         let changes: FaultChanges = serde_json::from_str(json).unwrap();
-        assert_eq!(changes["away"], Some(Fault::new("*", Toxic::Refuse).for_ms(2000)));
+        assert_eq!(changes["away"], Some(Fault::new("*", Toxic::Refuse).after_ms(500).for_ms(2000)));
         assert_eq!(changes["gone"], None);
     }
 }

@@ -62,6 +62,8 @@ pub struct Config {
     pub auth: Auth,
     /// Where it keeps what is pushed; in memory without.
     pub store_dir: Option<PathBuf>,
+    /// Whether it has the referrers API.
+    pub referrers: bool,
 }
 
 impl Default for Config {
@@ -71,6 +73,7 @@ impl Default for Config {
             link: LinkConfig::default(),
             auth: Auth::default(),
             store_dir: None,
+            referrers: true,
         }
     }
 }
@@ -98,7 +101,9 @@ impl TestRegistry {
         let control = Arc::new(Control { counters: Arc::default(), faults: Arc::new(Faults::new()) });
         let link = Arc::new(Link::start(config.link)?);
         let gate = Arc::new(auth::Gate::new(config.auth, address));
-        let distribution = Arc::new(Distribution { storage: Arc::clone(&storage), uploads: Uploads::default() });
+        let (of_distribution, uploads) = (Arc::clone(&storage), Uploads::default());
+        let distribution =
+            Arc::new(Distribution { storage: of_distribution, uploads, has_referrers: config.referrers });
 
         let counters: &Arc<Counters> = &control.counters;
         let registry = Router::new()

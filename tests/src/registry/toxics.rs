@@ -43,6 +43,7 @@ pub(crate) async fn layer(
     let mut response = fix_length(next.run(request).await);
     for (_, toxic) in &met {
         response = match toxic {
+            Toxic::Slow { bytes_per_s } => slow(response, *bytes_per_s),
             Toxic::ShortBody { after_bytes } => cut(response, *after_bytes, connection.clone(), End::Close),
             Toxic::Reset { after_bytes } => cut(response, *after_bytes, connection.clone(), End::Reset),
             Toxic::WrongContentRange => shift_content_range(response),
@@ -51,6 +52,28 @@ pub(crate) async fn layer(
         };
     }
     response
+}
+
+/// The body comes in small pieces, each as late as the rate says.
+fn slow(response: Response, bytes_per_s: u64) -> Response {
+    /// Small enough for a steady flow, large enough that the runtime's timer of 1 ms does not count.
+    const PIECE: Duration = Duration::from_millis(10);
+    let piece_bytes = usize::try_from(bytes_per_s / 100).unwrap_or(usize::MAX).max(1);
+    let (parts, body) = response.into_parts();
+    let start = tokio::time::Instant::now();
+    let state = (body.into_data_stream(), Bytes::new(), 0_u32);
+    let pieces = futures_util::stream::try_unfold(state, move |(mut whole, mut frame, number)| async move {
+        while frame.is_empty() {
+            match whole.next().await {
+                Some(next) => frame = next?,
+                None => return Ok::<_, axum::Error>(None),
+            }
+        }
+        tokio::time::sleep_until(start + PIECE * number).await;
+        let piece = frame.split_to(piece_bytes.min(frame.len()));
+        Ok(Some((piece, (whole, frame, number + 1))))
+    });
+    Response::from_parts(parts, Body::from_stream(pieces))
 }
 
 /// The body stops after `after_bytes`, and the connection ends.
