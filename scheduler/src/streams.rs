@@ -18,10 +18,10 @@ pub const STREAMS_MAX: usize = 32;
 const NEIGHBOURS_MIN: u32 = 2;
 
 /// First window of a reader: one chunk of the largest size.
-pub const WINDOW_BYTES_MIN: u64 = 256 << 10;
+const WINDOW_BYTES_MIN: u64 = 256 << 10;
 
 /// Last window of a reader: above the bandwidth-delay product of 1 Gbit/s at 20 ms (2.5 MB).
-pub const WINDOW_BYTES_MAX: u64 = 4 << 20;
+const WINDOW_BYTES_MAX: u64 = 4 << 20;
 
 /// Chunks in a window, however small they are: bounds the work of one step.
 const WINDOW_CHUNKS_MAX: u32 = 64;
@@ -80,17 +80,22 @@ impl Streams {
         stream.limit = window_end(chunk.chunk + 1, stream.window_bytes, stored_len);
     }
 
-    /// The next chunk to consider for read-ahead; the readers take turns.
-    pub(crate) fn next(&mut self) -> Option<ChunkKey> {
+    /// The next chunk to consider for read-ahead, of a blob that may be read ahead now; the readers take turns.
+    pub(crate) fn next(&mut self, may: impl Fn(BlobKey) -> bool) -> Option<ChunkKey> {
         for _ in 0..self.streams.len() {
             self.turn = (self.turn + 1) % self.streams.len();
             let stream = &mut self.streams[self.turn];
-            if stream.next < stream.limit {
+            if stream.next < stream.limit && may(stream.blob) {
                 stream.next += 1;
                 return Some(ChunkKey { blob: stream.blob, chunk: stream.next - 1 });
             }
         }
         None
+    }
+
+    /// Whether any reader of such a blob has something left to consider.
+    pub(crate) fn wants(&self, may: impl Fn(BlobKey) -> bool) -> bool {
+        self.streams.iter().any(|stream| stream.next < stream.limit && may(stream.blob))
     }
 
     /// Gives back the last answer of [`Self::next`]: it did not fit now, and is to be considered again.
@@ -145,7 +150,7 @@ mod tests {
     }
 
     fn drain(streams: &mut Streams) -> Vec<u32> {
-        std::iter::from_fn(|| streams.next()).map(|key| key.chunk).collect()
+        std::iter::from_fn(|| streams.next(|_| true)).map(|key| key.chunk).collect()
     }
 
     #[test]

@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::*;
-use crate::types::{BlobKind, ImageKey, LinkKey};
+use crate::link::{DEMAND_CHUNKS_MAX, PREFETCH_REQUESTS_MAX};
+use crate::types::{BlobKind, ChunkEntry, Class, Estimate, ImageKey, LinkKey, Ticket};
 
 const CHUNK_LEN_BYTES: u32 = 200 << 10;
 
@@ -14,11 +15,18 @@ fn key(blob: u32, chunk: u32) -> ChunkKey {
 }
 
 const IMAGE: ImageKey = ImageKey(0);
+const LINK: LinkKey = LinkKey(0);
+
+/// A window of 4 MB.
+const ESTIMATE: Estimate = Estimate { bandwidth_bytes_per_second: 100_000_000, round_trip: Now::from_millis(20) };
 
 fn entry(chunk: u64) -> ChunkEntry {
     let stored_offset_bytes = chunk * u64::from(CHUNK_LEN_BYTES);
     ChunkEntry { stored_offset_bytes, stored_len_bytes: CHUNK_LEN_BYTES, present: false }
 }
+
+/// Between two events: as long as half a round trip.
+const STEP: Now = Now::from_millis(10);
 
 /// A scheduler with blobs of `chunks` absent chunks each, and a way to feed it one event after another.
 struct Rig {
@@ -29,9 +37,10 @@ struct Rig {
 impl Rig {
     fn new(blobs: u32, chunks: usize) -> Self {
         let mut rig = Self { scheduler: Scheduler::new(), now: Now::ZERO };
+        rig.scheduler.seed_estimate(LINK, ESTIMATE);
         for blob in 0..blobs {
             let chunks: Vec<ChunkEntry> = (0..chunks as u64).map(entry).collect();
-            let (link, kind) = (LinkKey(0), BlobKind::Layer);
+            let (link, kind) = (LINK, BlobKind::Layer);
             assert_eq!(rig.step(Event::AddBlob { blob: BlobKey(blob), link, kind, chunks: &chunks }), []);
         }
         rig
@@ -49,7 +58,7 @@ impl Rig {
 
     fn step_timed(&mut self, event: Event<'_>) -> Vec<Action> {
         let mut actions = Vec::new();
-        self.now += Now::from_micros(1);
+        self.now += STEP;
         self.scheduler.step(event, self.now, &mut actions);
         actions
     }
@@ -103,7 +112,7 @@ fn a_chunk_that_just_failed_is_not_asked_for_again_at_once() {
     for chunk in 0..10 {
         rig.step(Event::Touch { image: IMAGE, chunk: key(0, chunk) });
     }
-    assert!(!rig.scheduler.in_flight.contains_key(&key(0, 3)), "nor by read-ahead");
+    assert!(!rig.scheduler.flights.chunks.contains_key(&key(0, 3)), "nor by read-ahead");
 }
 
 #[test]
@@ -113,7 +122,7 @@ fn who_joined_a_failed_read_ahead_has_a_fetch_of_its_own() {
     rig.step(Event::Touch { image: IMAGE, chunk: key(0, 1) });
     let actions = rig.step(Event::Touch { image: IMAGE, chunk: key(0, 2) });
     assert_eq!(actions[0], fetch(key(0, 3), Class::ReadAhead));
-    let joined_at = rig.now + Now::from_micros(1);
+    let joined_at = rig.now + STEP;
     assert_eq!(rig.demand(1, &[key(0, 3)])[..1], [fetch(key(0, 5), Class::ReadAhead)]);
     let mut actions = rig.step_timed(Event::Failed { chunk: key(0, 3), errno: 5 });
     if let Action::Fetch { fetch, .. } = &mut actions[0] {
@@ -145,13 +154,14 @@ fn read_ahead_waits_while_a_demand_is_open_and_stays_inside_its_window() {
     for chunk in 0..50 {
         rig.step(Event::Touch { image: IMAGE, chunk: key(0, chunk) });
     }
-    assert_eq!(rig.scheduler.read_ahead_in_flight_bytes / u64::from(CHUNK_LEN_BYTES), 20, "4 MiB of 200 KiB chunks");
+    let in_flight_bytes = rig.scheduler.flights.prefetch_bytes;
+    assert!((2_000_000..4_000_000).contains(&in_flight_bytes), "{in_flight_bytes}");
     assert_eq!(
         rig.demand(1, &[key(1, 500)]),
         [fetch(key(1, 500), Class::Demand)],
         "a demand never waits for the window"
     );
-    let first = *rig.scheduler.in_flight.keys().next().unwrap();
+    let first = *rig.scheduler.flights.chunks.keys().next().unwrap();
     assert_eq!(rig.step(Event::Fetched { chunk: first }), [], "paused");
     let actions = rig.step(Event::Fetched { chunk: key(1, 500) });
     assert_eq!(actions[0], wake(1, Ok(())));
@@ -174,7 +184,7 @@ fn removing_a_blob_wakes_its_waiters_and_keeps_the_place_of_its_fetches() {
     let chunks: Vec<ChunkKey> = (0..70).map(|chunk| key(0, chunk * 2)).chain([key(1, 0)]).collect();
     rig.demand(1, &chunks);
     assert_eq!(rig.step(Event::RemoveBlob { blob: BlobKey(0) }), [wake(1, Err(EIO))]);
-    assert_eq!(rig.scheduler.demand_in_flight, DEMAND_CHUNKS_MAX);
+    assert_eq!(rig.scheduler.flights.demand_chunks, DEMAND_CHUNKS_MAX);
     assert_eq!(rig.demand(2, &[key(0, 0)]), [wake(2, Err(EIO))]);
     let actions = rig.step(Event::Fetched { chunk: chunks[0] });
     assert_eq!(actions, [fetch(key(1, 0), Class::Demand)], "the freed place goes to the next in the queue");
@@ -246,14 +256,15 @@ impl Model {
     }
 
     fn bounds(&self, scheduler: &Scheduler) {
-        assert_eq!(scheduler.in_flight.len(), self.flying.len());
+        assert_eq!(scheduler.flights.chunks.len(), self.flying.len());
         assert_eq!(scheduler.waiting(), self.waiting.len());
-        assert!(scheduler.demand_in_flight <= DEMAND_CHUNKS_MAX);
-        assert!(scheduler.read_ahead_in_flight <= READ_AHEAD_CHUNKS_MAX);
-        assert!(scheduler.read_ahead_in_flight_bytes <= READ_AHEAD_BYTES_MAX);
-        let queued: BTreeSet<ChunkKey> = scheduler.queue.iter().map(|(chunk, _)| *chunk).collect();
-        assert_eq!(queued.len(), scheduler.queue.len());
-        assert!(scheduler.waiters.keys().all(|chunk| self.flying.contains(chunk) || queued.contains(chunk)));
+        let link = scheduler.links.get(&LINK).unwrap();
+        assert!(link.demands <= DEMAND_CHUNKS_MAX);
+        assert!(link.prefetches <= PREFETCH_REQUESTS_MAX);
+        let queued: BTreeSet<ChunkKey> = link.queue.iter().map(|queued| queued.chunk).collect();
+        assert_eq!(queued.len(), link.queue.len());
+        let waited: Vec<&ChunkKey> = scheduler.demands.waiters.keys().collect();
+        assert!(waited.into_iter().all(|chunk| self.flying.contains(chunk) || queued.contains(chunk)));
         assert_eq!(scheduler.counters().duplicates, 0);
     }
 }
@@ -311,6 +322,6 @@ proptest! {
             model.check(&actions);
         }
         prop_assert!(model.waiting.is_empty(), "left waiting: {:?}", model.waiting);
-        prop_assert!(rig.scheduler.waiters.is_empty() && rig.scheduler.queue.is_empty());
+        prop_assert!(rig.scheduler.demands.waiters.is_empty());
     }
 }

@@ -262,6 +262,17 @@ pub struct ImageCounters {
     pub used_bytes: u64,
 }
 
+impl ImageCounters {
+    pub(crate) fn issued(&mut self, class: Class, bytes: u64) {
+        let (requests, sum) = match class {
+            Class::Demand => (&mut self.demand_requests, &mut self.demand_bytes),
+            Class::Trace | Class::ReadAhead | Class::Fill => (&mut self.prefetch_requests, &mut self.prefetch_bytes),
+        };
+        *requests += 1;
+        *sum += bytes;
+    }
+}
+
 /// How far the fill of an image is.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct FillProgress {
