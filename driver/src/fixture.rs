@@ -44,6 +44,8 @@ pub(crate) struct Image {
     pub(crate) blobs: BTreeMap<Digest, Vec<u8>>,
     /// Every byte of the device.
     pub(crate) device: Vec<u8>,
+    /// Where each layer begins there, in blocks.
+    pub(crate) layer_starts: Vec<u32>,
 }
 
 /// A layer blob and what the bundle says of it.
@@ -104,11 +106,12 @@ impl Image {
         let map = DeviceMap::new(u32::try_from(metadata.len() / BLOCK_SIZE).unwrap(), &blob_blocks).unwrap();
         let block0 = metadata.first_chunk_mut::<BLOCK_SIZE>().unwrap();
         *block0 = flat_block0(block0, map.total_blocks()).unwrap();
+        let layer_starts = (0..).zip(layers).map(|(index, _)| map.blob_start(index)).collect();
         let mut device = metadata;
         layers.iter().for_each(|layer| device.extend(&layer.raw));
         device.resize(map.total_blocks() as usize * BLOCK_SIZE, 0);
         let blobs = built.into_iter().map(|(blob, _)| blob).chain([blob, b"{}".to_vec()]);
-        Self { manifest, blobs: blobs.map(|blob| (Digest::of(&blob), blob)).collect(), device }
+        Self { manifest, blobs: blobs.map(|blob| (Digest::of(&blob), blob)).collect(), device, layer_starts }
     }
 
     /// Replaces the payload of the metadata blob's bundle, and all digests above it.
@@ -135,17 +138,22 @@ impl Image {
             repository.push_blob(digest, blob.len() as u64, source, None).await.unwrap();
         }
         let bytes = self.manifest.to_bytes();
-        let mut listed = Descriptor::new(MEDIA_TYPE_MANIFEST, Digest::of(&bytes), bytes.len() as u64);
+        let index = index_of(&bytes);
         repository.push_manifest(MEDIA_TYPE_MANIFEST, bytes.into(), None).await.unwrap();
-        let mut platform = Platform::host();
-        platform.os_features = vec![OS_FEATURE_EROFS.to_owned()];
-        listed.platform = Some(platform);
-        let media_type = Some(MEDIA_TYPE_INDEX.to_owned());
-        let index = Index { schema_version: 2, media_type, manifests: vec![listed], annotations: BTreeMap::new() };
-        let index = serde_json::to_vec(&index).unwrap();
         repository.push_manifest(MEDIA_TYPE_INDEX, index.into(), Some(tag)).await.unwrap();
         location
     }
+}
+
+/// An index that lists this manifest for this machine.
+pub(crate) fn index_of(manifest: &[u8]) -> Vec<u8> {
+    let mut listed = Descriptor::of(MEDIA_TYPE_MANIFEST, manifest);
+    let mut platform = Platform::host();
+    platform.os_features = vec![OS_FEATURE_EROFS.to_owned()];
+    listed.platform = Some(platform);
+    let media_type = Some(MEDIA_TYPE_INDEX.to_owned());
+    let index = Index { schema_version: 2, media_type, manifests: vec![listed], annotations: BTreeMap::new() };
+    serde_json::to_vec(&index).unwrap()
 }
 
 /// The file of a blob in a layout directory.

@@ -17,6 +17,10 @@ pub mod image;
 pub mod kernel;
 pub mod mounts;
 pub mod namespace;
+#[cfg(test)]
+mod profile_fixture;
+#[cfg(test)]
+mod profile_tests;
 pub mod store;
 #[cfg(test)]
 mod tests;
