@@ -6,7 +6,9 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use ublkimg_registry::descriptor::{Descriptor, Index, MEDIA_TYPE_CONFIG, MEDIA_TYPE_INDEX, MEDIA_TYPE_MANIFEST, Platform};
+use ublkimg_registry::descriptor::{
+    Descriptor, Index, MEDIA_TYPE_CONFIG, MEDIA_TYPE_INDEX, MEDIA_TYPE_MANIFEST, Platform,
+};
 use ublkimg_registry::erofs_manifest::{ErofsManifest, MetadataRef, choose};
 use ublkimg_registry::profile::{
     ARTIFACT_TYPE, HotRef, MEDIA_TYPE_HOT, ProfileChoice, ProfileManifest, Trust, profiles,
@@ -120,7 +122,10 @@ async fn scenario(location: &str) {
     };
     let found = find("hint").await.unwrap().unwrap();
     assert_eq!((found.trust, found.descriptor.digest), (Trust::Order, hint));
-    assert_eq!(repository.fetch_profile(&found, &image.digest).await.unwrap().trace.inline().unwrap().unwrap(), "the trace of hint");
+    assert_eq!(
+        repository.fetch_profile(&found, &image.digest).await.unwrap().trace.inline().unwrap().unwrap(),
+        "the trace of hint"
+    );
     assert_eq!(find(&hint.to_string()).await.unwrap().unwrap().trust, Trust::Bytes, "pinned");
     assert_eq!(find("auto").await.unwrap().unwrap().name.as_deref(), Some("web"), "the default that is listed");
     assert_eq!(find("none").await.unwrap(), None);

@@ -21,7 +21,6 @@ use tokio::sync::watch;
 use ublkimg_image::{ChunkIndex, Sha256};
 use ublkimg_registry::descriptor::{MEDIA_TYPE_DOCKER_LIST, MEDIA_TYPE_INDEX, Platform};
 use ublkimg_registry::erofs_manifest::{ErofsManifest, LayerRef, choose};
-use ublkimg_registry::profile::{ListedProfile, profiles};
 use ublkimg_registry::{ClientOptions, Digest, Location, Repository};
 use ublkimg_scheduler::BlobKind;
 
@@ -149,8 +148,8 @@ struct Named {
     manifest: Option<Bytes>,
     /// The manifest is in the store.
     is_stored: bool,
-    /// The profiles that what was named covers.
-    listed: Vec<ListedProfile>,
+    /// The index that named it; what is listed there is covered by what the user named.
+    index: Option<Bytes>,
 }
 
 /// What attaching one image works with. The engine knows the image from the start, and forgets it if this is dropped.
@@ -193,7 +192,7 @@ impl<'a> Attaching<'a> {
             && let Some(digest) = reference.digest()
             && let Some(manifest) = self.stored(digest).await?
         {
-            return Ok(Named { digest, manifest: Some(manifest), is_stored: true, listed: Vec::new() });
+            return Ok(Named { digest, manifest: Some(manifest), is_stored: true, index: None });
         }
         let what = || format!("resolve {}", self.location);
         self.count_request();
@@ -202,13 +201,11 @@ impl<'a> Attaching<'a> {
         let is_index = matches!(resolved.media_type.as_str(), MEDIA_TYPE_INDEX | MEDIA_TYPE_DOCKER_LIST);
         if !is_index {
             let (digest, manifest) = (resolved.digest, Some(resolved.bytes));
-            return Ok(Named { digest, manifest, is_stored: false, listed: Vec::new() });
+            return Ok(Named { digest, manifest, is_stored: false, index: None });
         }
-        let bad = |error| bad_manifest(resolved.digest, error);
-        let digest = choose(&resolved.bytes, platform).map_err(bad)?.digest;
-        let listed = profiles(&resolved.bytes, &digest).map_err(bad)?;
-        let manifest = self.stored(digest).await?;
-        Ok(Named { digest, is_stored: manifest.is_some(), manifest, listed })
+        let chosen = choose(&resolved.bytes, platform).map_err(|error| bad_manifest(resolved.digest, error))?;
+        let manifest = self.stored(chosen.digest).await?;
+        Ok(Named { digest: chosen.digest, is_stored: manifest.is_some(), manifest, index: Some(resolved.bytes) })
     }
 
     /// The image's manifest, kept in the store.

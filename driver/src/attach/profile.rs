@@ -15,7 +15,7 @@ use ublkimg_image::trace::Trace;
 use ublkimg_image::{ChunkId, ChunkIndex, ChunkIndexBuilder, HotTable, Sha256};
 use ublkimg_registry::Digest;
 use ublkimg_registry::descriptor::Descriptor;
-use ublkimg_registry::profile::{HotRef, ListedProfile, ProfileChoice, ProfileManifest, Trust, choose_profile};
+use ublkimg_registry::profile::{HotRef, ListedProfile, ProfileChoice, ProfileManifest, Trust};
 use ublkimg_scheduler::{BlobKind, ChunkKey, PlanEntry};
 
 use super::plan::{self, PlannedHot, PlannedLayer};
@@ -87,23 +87,24 @@ impl Attaching<'_> {
             ProfileSource::File(path) => return self.profile_of_file(path).await.map(Some),
             ProfileSource::Published(choice) => choice,
         };
-        let wrong_choice = |error| Error::registry("choose a profile", error);
-        let listed = choose_profile(&named.listed, choice, options.command.as_ref()).map_err(wrong_choice)?;
+        let (index, command) = (named.index.as_deref(), options.command.as_ref());
+        let listed = self.repository.find_profile(index, &named.digest, choice, command).await;
+        let listed = listed.map_err(|error| Error::registry(format!("find profile {choice}"), error))?;
         if *choice != ProfileChoice::Auto {
-            return match listed {
+            return match &listed {
                 Some(listed) => self.published(named.digest, listed).await.map(Some),
                 None => Ok(None),
             };
         }
         let is_exact = |listed: &ListedProfile| options.command.is_some() && listed.command == options.command;
-        if listed.is_none_or(|listed| options.command.is_some() && !is_exact(listed)) {
+        if listed.as_ref().is_none_or(|listed| options.command.is_some() && !is_exact(listed)) {
             let recorded = self.recorded(named.digest, options.command).await;
             if recorded.is_some() {
                 return Ok(recorded);
             }
         }
         let Some(listed) = listed else { return Ok(None) };
-        let profile = self.published(named.digest, listed).await;
+        let profile = self.published(named.digest, &listed).await;
         Ok(profile.map_err(|error| self.go_without(&error)).ok())
     }
 
