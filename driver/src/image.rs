@@ -274,8 +274,7 @@ impl ServedImage {
         while at < blocks.end {
             let missing = blob.file.first_missing(at..blocks.end).unwrap_or(blocks.end);
             if missing > at {
-                self.touch_chunks(blob, at..missing);
-                self.touch_frames(layer, at..missing);
+                self.touch(layer, at..missing);
                 // The metadata image is the first file.
                 plan.push_file(layer + 1, at, missing - at);
             }
@@ -297,9 +296,7 @@ impl ServedImage {
             let len_blocks = (frame_end - rank).min(blocks.end - at);
             let key = ChunkKey { blob: hot.blob.key, chunk: frame };
             if hot.blob.file.first_missing(rank..rank + len_blocks).is_none() {
-                if hot.touch(frame) {
-                    self.tell_touch(key);
-                }
+                self.touch_frame(hot, frame);
                 plan.push_file(self.hot_file(), rank, len_blocks);
             } else if hot.withdrawn.contains(frame) {
                 self.miss_chunks(blob, at..at + len_blocks, plan);
@@ -340,7 +337,25 @@ impl ServedImage {
         });
     }
 
-    /// Notes the chunks of blocks that are there as read.
+    /// Notes blocks that the layer has as read: the frames that foretold them, for others the chunks.
+    fn touch(&self, layer: u16, blocks: Range<u32>) {
+        let blob = &self.blobs[usize::from(layer)];
+        if self.hot.as_ref().is_none_or(|hot| hot.untouched.load(Ordering::Relaxed) == 0) {
+            return self.touch_chunks(blob, blocks);
+        }
+        self.each_run(layer, blocks, |run, foretold| match foretold {
+            None => self.touch_chunks(blob, run),
+            Some((hot, mut rank)) => {
+                let end = rank + (run.end - run.start);
+                while rank < end {
+                    let (frame, frame_end) = hot.frame(rank);
+                    self.touch_frame(hot, frame);
+                    rank = frame_end;
+                }
+            }
+        });
+    }
+
     fn touch_chunks(&self, blob: &ServedBlob, blocks: Range<u32>) {
         blob.each_chunk(blocks, |chunk| {
             if blob.touch(chunk) {
@@ -349,22 +364,10 @@ impl ServedImage {
         });
     }
 
-    /// Notes the frames of blocks as read although they came from the layer: the profile foretold them.
-    fn touch_frames(&self, layer: u16, blocks: Range<u32>) {
-        if self.hot.as_ref().is_none_or(|hot| hot.untouched.load(Ordering::Relaxed) == 0) {
-            return;
+    fn touch_frame(&self, hot: &ServedHot, frame: u32) {
+        if hot.touch(frame) {
+            self.tell_touch(ChunkKey { blob: hot.blob.key, chunk: frame });
         }
-        self.each_run(layer, blocks, |run, rank| {
-            let Some((hot, mut rank)) = rank else { return };
-            let end = rank + (run.end - run.start);
-            while rank < end {
-                let (frame, frame_end) = hot.frame(rank);
-                if hot.touch(frame) {
-                    self.tell_touch(ChunkKey { blob: hot.blob.key, chunk: frame });
-                }
-                rank = frame_end;
-            }
-        });
     }
 
     fn tell_touch(&self, chunk: ChunkKey) {

@@ -19,6 +19,24 @@ pub(crate) struct Start {
     pub(crate) hot: Vec<u8>,
 }
 
+impl Start {
+    /// The manifest of the profile, for this image.
+    pub(crate) fn manifest(&self, image: &Image) -> ProfileManifest {
+        let hot = (!self.hot.is_empty()).then(|| HotRef {
+            blob: Descriptor::of(MEDIA_TYPE_HOT, &self.hot),
+            table: self.table.encode().unwrap().into(),
+        });
+        ProfileManifest {
+            subject: Descriptor::of(MEDIA_TYPE_MANIFEST, &image.manifest.to_bytes()),
+            command: Some(Digest(self.trace.command_digest().0)),
+            name: Some("run".to_owned()),
+            trace: ProfileManifest::describe_trace(&trace_file::to_stored(&self.trace).unwrap(), hot.is_some()),
+            hot,
+            annotations: BTreeMap::new(),
+        }
+    }
+}
+
 impl Image {
     /// A start that reads these blocks in this order, each a layer, its first block and a number of blocks, with 10 ms
     /// between. The first `packed` of the blocks are in its hot blob, `per_frame` to a frame.
@@ -67,21 +85,9 @@ impl Image {
         registry.put_manifest("image", MEDIA_TYPE_MANIFEST, manifest.clone(), None).unwrap();
         let mut index = index_of(&manifest);
         if let Some(start) = start {
-            let trace = trace_file::to_stored(&start.trace).unwrap();
-            registry.put_blob("image", trace.clone()).unwrap();
-            let hot = (!start.hot.is_empty()).then(|| HotRef {
-                blob: Descriptor::of(MEDIA_TYPE_HOT, &start.hot),
-                table: start.table.encode().unwrap().into(),
-            });
+            registry.put_blob("image", trace_file::to_stored(&start.trace).unwrap()).unwrap();
             registry.put_blob("image", start.hot.clone()).unwrap();
-            let profile = ProfileManifest {
-                subject: Descriptor::of(MEDIA_TYPE_MANIFEST, &manifest),
-                command: Some(Digest(start.trace.command_digest().0)),
-                name: Some("run".to_owned()),
-                trace: ProfileManifest::describe_trace(&trace, hot.is_some()),
-                hot,
-                annotations: BTreeMap::new(),
-            };
+            let profile = start.manifest(self);
             let profile = profile.to_bytes().unwrap();
             registry.put_manifest("image", MEDIA_TYPE_MANIFEST, profile.clone(), None).unwrap();
             index = add_to_index(&index, &profile, true).unwrap().to_vec();

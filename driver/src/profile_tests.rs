@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use ublkimg_image::BLOCK_SIZE;
 use ublkimg_registry::profile::ProfileChoice;
-use ublkimg_registry::{Digest, Location};
+use ublkimg_registry::{BlobSource, ClientOptions, Digest, Location, NewProfile, Repository};
 use ublkimg_scheduler::FillMode;
 use ublkimg_tests::registry::{Config, Fault, LinkConfig, Stats, TestRegistry, Toxic};
 
@@ -72,8 +72,12 @@ fn image() -> Image {
 }
 
 /// Reads all over the image, in an order of their own: 148 blocks.
+///
+/// They lie in chunks 0, 2 and 3 of the first layer, and in 0, 12 to 15, 23 and 24 of the second.
 const READS: [(u16, u32, u16); 9] =
     [(1, 100, 20), (0, 70, 1), (0, 0, 40), (1, 0, 4), (1, 120, 8), (0, 71, 1), (0, 149, 1), (1, 190, 9), (0, 72, 64)];
+
+const CHUNKS_READ: u64 = 10;
 
 /// The device blocks of a read of the trace.
 fn device_blocks(image: &Image, (layer, block, blocks): (u16, u32, u16)) -> Range<u32> {
@@ -182,13 +186,12 @@ fn a_trace_alone_orders_the_fetches() {
     let start = image.start(&READS, 0, 1);
     let loaded = rig.attach(&image.serve(&rig.registry, "v1", Some(&start))).unwrap();
     assert!(!loaded.profile.as_ref().unwrap().has_hot_blob);
-    // Chunks of the reads: all four of the first layer; 0, 12 to 15, 23 and 24 of the second.
-    wait_for("the chunks of the trace", || loaded.image.statistics().fetched_chunks >= 11);
+    wait_for("the chunks of the trace", || loaded.image.statistics().fetched_chunks >= CHUNKS_READ);
     for entry in READS {
         assert_reads(&loaded, &image, device_blocks(&image, entry));
     }
     let statistics = loaded.image.statistics();
-    assert_eq!((statistics.fetched_chunks, statistics.misses, statistics.late_hits), (11, 0, 0));
+    assert_eq!((statistics.fetched_chunks, statistics.misses, statistics.late_hits), (CHUNKS_READ, 0, 0));
     assert_eq!(rig.registry.stats().duplicate_bytes, 0);
 }
 
@@ -201,9 +204,34 @@ fn a_file_gives_its_order_and_no_byte() {
     let loaded = rig.attach(&image.serve(&rig.registry, "v1", None)).unwrap();
     let profile = loaded.profile.as_ref().unwrap();
     assert!(!profile.has_hot_blob && !profile.kept.is_published);
-    wait_for("the chunks of the trace", || loaded.image.statistics().fetched_chunks >= 11);
+    wait_for("the chunks of the trace", || loaded.image.statistics().fetched_chunks >= CHUNKS_READ);
     assert_eq!(rig.asked(&image, &start).1, 0);
     assert_whole(&loaded, &image);
+}
+
+#[test]
+fn a_referrer_gives_its_order_when_it_is_named_and_no_byte() {
+    let mut rig = Rig::new();
+    let image = image();
+    let start = image.start(&READS, 148, 64);
+    let location = image.serve(&rig.registry, "v1", None);
+    let new = NewProfile {
+        manifest: start.manifest(&image),
+        trace: trace_file::to_stored(&start.trace).unwrap().into(),
+        hot: Some(BlobSource::Bytes(start.hot.clone().into())),
+    };
+    rig.engine.runtime().block_on(async {
+        let repository = Repository::open(&location, &ClientOptions::default()).await.unwrap();
+        repository.push_profile_referrer(&new).await.unwrap();
+    });
+    assert!(rig.attach(&location).unwrap().profile.is_none(), "nobody asked for it");
+    rig.options.profile = ProfileSource::Published(ProfileChoice::Name("run".to_owned()));
+    let loaded = rig.attach(&location).unwrap();
+    let profile = loaded.profile.as_ref().unwrap();
+    assert!(!profile.has_hot_blob && profile.kept.manifest.is_none());
+    wait_for("the chunks of the trace", || loaded.image.statistics().fetched_chunks >= CHUNKS_READ);
+    assert_eq!(rig.asked(&image, &start).1, 0);
+    assert_eq!(loaded.image.prefetch().engine.plan.map(|plan| plan.steps), Some(10));
 }
 
 #[test]

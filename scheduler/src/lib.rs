@@ -46,5 +46,5 @@ pub use scheduler::{FAILURE_HOLD, FAILURES_MAX, Scheduler};
 pub use streams::STREAMS_MAX;
 pub use types::{
     Action, BlobKey, BlobKind, ChunkEntry, ChunkKey, Class, Estimate, Event, FetchKey, FillMode, FillProgress,
-    ImageCounters, ImageKey, LinkKey, Now, PlanEntry, Ticket,
+    ImageCounters, ImageKey, LinkKey, Now, PlanEntry, PlanProgress, Ticket,
 };

@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::guard::{Guard, Level};
-use crate::types::{ChunkKey, Now, PlanEntry};
+use crate::types::{ChunkKey, Now, PlanEntry, PlanProgress};
 
 /// Entries with less confidence are fetched after the others: half of the recordings.
 const CONFIDENCE_IN_ORDER_MIN: u8 = 128;
@@ -112,6 +112,11 @@ impl Plan {
 
     pub(crate) fn level(&self) -> Level {
         self.guard.level()
+    }
+
+    pub(crate) fn progress(&self) -> PlanProgress {
+        let is_dropped = self.level() == Level::Dropped;
+        PlanProgress { position: self.position, steps: len(&self.entries), is_dropped }
     }
 
     /// Nothing is left to ask for.

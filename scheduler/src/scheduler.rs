@@ -13,7 +13,7 @@ use crate::streams::Streams;
 use crate::table::{State, Table};
 use crate::types::{
     Action, BlobKey, BlobKind, ChunkKey, Class, Estimate, Event, FetchKey, FillMode, FillProgress, ImageCounters,
-    ImageKey, LinkKey, Now, PlanEntry,
+    ImageKey, LinkKey, Now, PlanEntry, PlanProgress,
 };
 
 /// How long a chunk that could not be had stays so without asking again. The kernel follows a failed read-ahead with a
@@ -99,6 +99,12 @@ impl Scheduler {
         let image = self.images.get(&image)?;
         let plan_bytes = image.counters.plan_bytes + image.plan.as_ref().map_or(0, Plan::spent_bytes);
         Some(ImageCounters { plan_bytes, ..image.counters })
+    }
+
+    /// How far an image has followed its plan; `None` if it has none.
+    #[must_use]
+    pub fn plan_progress(&self, image: ImageKey) -> Option<PlanProgress> {
+        self.images.get(&image)?.plan.as_ref().map(Plan::progress)
     }
 
     /// How far the fill of an image is; `None` if it has none.

@@ -273,6 +273,17 @@ impl ImageCounters {
     }
 }
 
+/// How far a start has followed its plan.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct PlanProgress {
+    /// Steps up to the last one that was read.
+    pub position: u32,
+    /// All steps.
+    pub steps: u32,
+    /// The reads were others: it is followed no more.
+    pub is_dropped: bool,
+}
+
 /// How far the fill of an image is.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct FillProgress {

@@ -21,7 +21,7 @@ use tokio::sync::{oneshot, watch};
 use ublkimg_image::{BLOCK_SIZE, ChunkIndex};
 use ublkimg_scheduler::{
     BlobKey, BlobKind, ChunkEntry, ChunkKey, Counters, Estimate, FillMode, FillProgress, ImageCounters as Prefetched,
-    ImageKey, PlanEntry,
+    ImageKey, PlanEntry, PlanProgress,
 };
 
 use crate::counters::ImageCounters;
@@ -74,6 +74,8 @@ pub(crate) struct AddedBlob {
 pub struct ImageReport {
     /// What was fetched for it and why.
     pub prefetched: Prefetched,
+    /// How far it has followed its profile, if it has one.
+    pub plan: Option<PlanProgress>,
     /// How far its fill is, if it has one.
     pub fill: Option<FillProgress>,
     /// What is believed of the link to its registry.

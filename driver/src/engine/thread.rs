@@ -287,6 +287,7 @@ impl EngineThread {
     fn report(&self, image: ImageKey) -> ImageReport {
         ImageReport {
             prefetched: self.scheduler.image_counters(image).unwrap_or_default(),
+            plan: self.scheduler.plan_progress(image),
             fill: self.scheduler.fill_progress(image),
             link: self.images.get(&image).and_then(|image| self.scheduler.estimate(image.link)),
         }
