@@ -1,5 +1,7 @@
 //! The command line, as clap derives it; help texts, man pages and completions come from here.
 
+pub(crate) mod trace;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -58,6 +60,10 @@ pub(crate) enum Command {
     Status(Status),
     /// Show what an image in a registry or layout consists of
     Inspect(Inspect),
+    /// Make a profile of recorded starts and list it beside the image: the next start fetches in that order
+    Optimize(trace::Optimize),
+    /// Look at, merge, compare, draw and pass on recorded starts
+    Trace(trace::Trace),
     /// Say what this host has and lacks
     Doctor(Doctor),
     /// Run the daemon that serves the devices (`add` starts it when needed)

@@ -27,6 +27,7 @@ fn of_convert(kind: ublkimg_convert::ErrorKind) -> u8 {
     use ublkimg_convert::ErrorKind as Convert;
     match kind {
         Convert::BadSource | Convert::Unsupported => BAD_SOURCE,
+        Convert::NotOurs => ErrorKind::NotOurs.exit_code(),
         Convert::Usage => ErrorKind::Invalid.exit_code(),
         Convert::NotFound => ErrorKind::NotFound.exit_code(),
         Convert::Unauthorized => ErrorKind::Unauthorized.exit_code(),
@@ -53,10 +54,11 @@ fn of_registry(kind: ublkimg_registry::ErrorKind) -> u8 {
     }
 }
 
-/// Only `inspect` meets these: what it looks at is not what the manifest says it is.
+/// Of what was read from a registry or, `Invalid`, of what the user gave.
 fn of_image(kind: ublkimg_image::ErrorKind) -> u8 {
     match kind {
         ublkimg_image::ErrorKind::Unsupported => ErrorKind::NotOurs.exit_code(),
+        ublkimg_image::ErrorKind::Invalid | ublkimg_image::ErrorKind::TooLarge => ErrorKind::Invalid.exit_code(),
         _ => ErrorKind::Corrupt.exit_code(),
     }
 }

@@ -7,6 +7,7 @@ mod commands;
 mod exit;
 mod output;
 mod progress;
+mod svg;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;

@@ -28,6 +28,8 @@ pub enum ErrorKind {
     DiskFull,
     /// A valid source that this version cannot convert.
     Unsupported,
+    /// An ordinary image where a converted one is needed: convert it first.
+    NotOurs,
     /// The request itself makes no sense: correct the arguments.
     Usage,
     /// Reading or writing a local file failed.
@@ -137,7 +139,8 @@ impl From<ublkimg_registry::Error> for Error {
             RegistryKind::Corrupt => ErrorKind::VerificationFailed,
             RegistryKind::Invalid => ErrorKind::Usage,
             RegistryKind::NoSpace => ErrorKind::DiskFull,
-            RegistryKind::TooLarge | RegistryKind::NotOurs => ErrorKind::Unsupported,
+            RegistryKind::NotOurs => ErrorKind::NotOurs,
+            RegistryKind::TooLarge => ErrorKind::Unsupported,
             _ => ErrorKind::Io,
         };
         Self { kind, message: error.to_string(), source: Some(Box::new(error)) }

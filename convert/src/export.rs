@@ -18,7 +18,7 @@ use crate::stored_image::StoredImage;
 /// layer blobs decompressed, zeros. The result can be mounted through a loop device. Returns its length in bytes.
 ///
 /// # Errors
-/// `Unsupported` for an image that is not ours; `VerificationFailed` for one that is damaged; those of the registry and
+/// `NotOurs` for an image that is not converted; `VerificationFailed` for one that is damaged; those of the registry and
 /// of the file.
 pub async fn export(repository: &Repository, platform: &Platform, file: &File) -> Result<u64> {
     let StoredImage { manifest, mut metadata, bundle, .. } = StoredImage::read(repository, platform).await?;

@@ -12,6 +12,9 @@
 //! on the way is in files without a name, so an error or a kill leaves nothing behind; blobs that were pushed already
 //! are referred to by nothing.
 //!
+//! [`optimize()`] makes a profile of recorded starts of such an image and lists it beside the image; it reads few chunks and
+//! writes no layer.
+//!
 //! **Nothing is guessed.** A layer must have the digest that the manifest and the config say, and an archive that can be
 //! read in two ways is an error. **Same input, same bytes:** no clock, no randomness, no map order, no number of threads
 //! shows in what is pushed.
@@ -42,7 +45,7 @@ mod trace_file;
 pub use convert::{Options, Summary, convert};
 pub use error::{Error, ErrorKind, Result};
 pub use export::export;
-pub use optimize::{Dropped, HotSummary, OptimizeOptions, Optimized, optimize};
+pub use optimize::{Dropped, HotSummary, OptimizeOptions, Optimized, fit_trace, optimize};
 pub use progress::{NoProgress, Phase, Progress, Task};
 pub use source::Source;
 pub use stored_image::StoredImage;

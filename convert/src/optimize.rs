@@ -20,10 +20,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use ublkimg_image::hot::{HOT_FRAME_BLOCKS_MAX, HOT_FRAMES_MAX};
 use ublkimg_image::trace::{self, Trace};
-use ublkimg_image::{BLOCK_SIZE, Bundle, Sha256};
-use ublkimg_registry::descriptor::{Descriptor, MEDIA_TYPE_INDEX, MEDIA_TYPE_MANIFEST, Platform};
-use ublkimg_registry::profile::{HotRef, MEDIA_TYPE_HOT, ProfileManifest, add_to_index, check_name};
-use ublkimg_registry::{BlobSource, ClientOptions, Digest, Location, Repository};
+use ublkimg_image::{BLOCK_SIZE, Bundle};
+use ublkimg_registry::descriptor::{Descriptor, MEDIA_TYPE_MANIFEST, Platform};
+use ublkimg_registry::profile::{HotRef, MEDIA_TYPE_HOT, ProfileManifest, check_name};
+use ublkimg_registry::{BlobSource, ClientOptions, Digest, Location, NewProfile, Repository};
 
 use self::blocks::{BlockAddress, OrderedBlocks, read_blocks};
 use self::fit::fit;
@@ -36,7 +36,7 @@ use crate::progress::{Phase, Progress, Task};
 use crate::stored_image::StoredImage;
 use crate::trace_file::store_trace;
 
-pub use fit::Dropped;
+pub use fit::{Dropped, fit_trace};
 
 /// Most blocks of a hot blob, as many as a table can vouch for: 4 GiB, ten times the largest start that was measured.
 /// Blocks behind them are followed by their chunks.
@@ -110,7 +110,7 @@ pub struct HotSummary {
 /// Makes a profile of `traces` for the image at `location`, pushes it and lists it in the image's index.
 ///
 /// # Errors
-/// `Usage` for a location without a tag, or traces that cannot be one profile of this image; `NotFound`, `Unsupported`,
+/// `Usage` for a location without a tag, or traces that cannot be one profile of this image; `NotFound`, `NotOurs`,
 /// `VerificationFailed` for the image; `DiskFull`, `Io`; those of the registry. The tag has not moved then.
 pub async fn optimize(
     location: &Location,
@@ -118,7 +118,7 @@ pub async fn optimize(
     options: &OptimizeOptions,
     progress: Arc<dyn Progress>,
 ) -> Result<Optimized> {
-    let tag = movable_tag(location)?;
+    check_tag(location)?;
     options.name.as_deref().map_or(Ok(()), check_name)?;
     let merged = match traces {
         [one] => one.clone(),
@@ -127,18 +127,14 @@ pub async fn optimize(
     let repository = Repository::open(location, &options.client).await?;
     let image = StoredImage::read(&repository, &options.platform).await?;
     let order_max = if options.order_only { 0 } else { HOT_BLOCKS_MAX };
-    let fitted = fit(&merged, Sha256(image.digest.0), &image.bundle, order_max);
-    if fitted.trace.entries.is_empty() {
-        let message = format!("{location}: none of the {} traced blocks is of this image", merged.blocks());
-        return Err(Error::new(ErrorKind::Usage, message));
-    }
+    let fitted = fit(&merged, &image, order_max).map_err(|error| error.within(location))?;
     let stored_trace = Bytes::from(store_trace(&fitted.trace)?);
     let bundle = Arc::new(image.bundle);
     let hot = match options.order_only {
         true => None,
         false => Some(make_hot(&repository, &bundle, fitted.order, options, &progress).await?),
     };
-    let profile = ProfileManifest {
+    let manifest = ProfileManifest {
         subject: Descriptor::new(MEDIA_TYPE_MANIFEST, image.digest, image.manifest_size_bytes),
         command: Some(Digest(fitted.trace.command_digest().0)),
         name: options.name.clone(),
@@ -146,20 +142,23 @@ pub async fn optimize(
         hot: hot.as_ref().map(Hot::reference),
         annotations: BTreeMap::new(),
     };
+    let trace_bytes = stored_trace.len() as u64;
+    let source = hot.as_ref().map(|hot| BlobSource::File(hot.blob.path()));
     let publish = task(Phase::Publish);
     progress.start(&publish, None);
-    let published = push(&repository, &profile, stored_trace.clone(), hot.as_ref(), options.is_default, tag).await?;
+    let profile = NewProfile { manifest, trace: stored_trace, hot: source };
+    let pushed = repository.push_profile(&profile, options.is_default).await?;
     progress.finish(&publish);
     Ok(Optimized {
-        index: published.index,
+        index: pushed.index,
         manifest: image.digest,
-        profile: published.profile,
-        existed: published.existed,
+        profile: pushed.manifest,
+        existed: pushed.index == image.resolved.digest,
         runs: fitted.trace.header.runs,
         blocks: fitted.trace.blocks(),
         command: fitted.trace.header.command,
         dropped: fitted.dropped,
-        trace_bytes: stored_trace.len() as u64,
+        trace_bytes,
         hot: hot.map(|hot| hot.summary),
     })
 }
@@ -168,14 +167,14 @@ fn merge(traces: &[Trace], force: bool) -> Result<Trace> {
     trace::merge(traces, force).map_err(|error| Error::new(ErrorKind::Usage, error.to_string()))
 }
 
-/// The tag that is to point at the new index.
-fn movable_tag(location: &Location) -> Result<&str> {
+/// Refuses early what has no tag that can be moved.
+fn check_tag(location: &Location) -> Result<()> {
     let pinned = matches!(location, Location::Registry(reference) if reference.digest().is_some());
-    let usage = |what| Error::new(ErrorKind::Usage, format!("{location}: {what}"));
-    if pinned {
-        return Err(usage("optimize moves the tag to an index that lists the profile; give the tag without a digest"));
+    if pinned || location.tag().is_none() {
+        let message = format!("{location}: the tag is to name an index that lists the profile: give a tag, no digest");
+        return Err(Error::new(ErrorKind::Usage, message));
     }
-    location.tag().ok_or_else(|| usage("optimize moves a tag; give one"))
+    Ok(())
 }
 
 /// A hot blob that is not pushed yet.
@@ -238,42 +237,6 @@ fn pack_hot(
         chunk_bytes_read: blocks.chunk_bytes,
     };
     Ok(Hot { blob, table: table.encode().map_err(from_image)?.into(), summary })
-}
-
-/// Where the profile is now.
-struct Published {
-    index: Digest,
-    profile: Digest,
-    existed: bool,
-}
-
-/// Pushes what the profile consists of, then the index that lists it; the tag last.
-async fn push(
-    repository: &Repository,
-    profile: &ProfileManifest,
-    stored_trace: Bytes,
-    hot: Option<&Hot>,
-    is_default: bool,
-    tag: &str,
-) -> Result<Published> {
-    if let Some(Hot { blob, .. }) = hot {
-        let source = BlobSource::File(blob.path());
-        repository.push_blob(&Digest(blob.digest.0), blob.size_bytes, source, None).await?;
-    }
-    let (trace, config) = (&profile.trace, profile.config());
-    repository.push_blob(&trace.digest, trace.size, BlobSource::Bytes(stored_trace), None).await?;
-    let config_source = BlobSource::Bytes(profile.config_bytes());
-    repository.push_blob(&config.digest, config.size, config_source, None).await?;
-    let bytes = profile.to_bytes()?;
-    let digest = repository.push_manifest(MEDIA_TYPE_MANIFEST, bytes.clone(), None).await?;
-    // Others may have listed profiles of theirs while this one was made: theirs stay.
-    let now = repository.resolve().await?;
-    let index = add_to_index(&now.bytes, &bytes, is_default)?;
-    if index == now.bytes {
-        return Ok(Published { index: now.digest, profile: digest, existed: true });
-    }
-    let index = repository.push_manifest(MEDIA_TYPE_INDEX, index, Some(tag)).await?;
-    Ok(Published { index, profile: digest, existed: false })
 }
 
 fn task(phase: Phase) -> Task {

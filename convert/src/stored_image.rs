@@ -35,7 +35,7 @@ impl StoredImage {
     /// Reads the image that `repository` names: index, manifest and metadata blob.
     ///
     /// # Errors
-    /// `Unsupported` for an image that is not ours; `VerificationFailed` for one that is damaged; those of the registry.
+    /// `NotOurs` for an image that is not converted; `VerificationFailed` for one that is damaged; those of the registry.
     pub async fn read(repository: &Repository, platform: &Platform) -> Result<Self> {
         let resolved = repository.resolve().await?;
         let is_index = [MEDIA_TYPE_INDEX, MEDIA_TYPE_DOCKER_LIST].contains(&resolved.media_type.as_str());

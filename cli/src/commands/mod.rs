@@ -8,8 +8,10 @@ mod doctor;
 mod inspect;
 mod ls;
 mod mount_helper;
+mod optimize;
 mod rm;
 mod status;
+mod trace;
 
 use std::path::Path;
 
@@ -31,6 +33,8 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Ls(command) => ls::run(global, &command),
         Command::Status(command) => status::run(global, &command),
         Command::Inspect(command) => inspect::run(&command),
+        Command::Optimize(command) => optimize::run(&command),
+        Command::Trace(command) => trace::run(&command),
         Command::Doctor(command) => doctor::run(&command),
         Command::Daemon(command) => daemon::run(global, &command),
         Command::Docs(command) => docs::run(&command),

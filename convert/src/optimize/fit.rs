@@ -6,6 +6,8 @@ use ublkimg_image::trace::{GAP_US_MAX, Trace, TraceEntry, TraceHeader};
 use ublkimg_image::{Bundle, Sha256};
 
 use super::blocks::BlockAddress;
+use crate::error::{Error, ErrorKind, Result};
+use crate::stored_image::StoredImage;
 
 /// Blocks of the traces that are not in the profile, and why.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,6 +27,15 @@ pub(super) struct Fitted {
     pub(super) dropped: Dropped,
 }
 
+/// The trace for another build of its image, or for this one: only blocks that the image has, and its digest.
+///
+/// # Errors
+/// `Usage` when nothing is left of it.
+pub fn fit_trace(trace: &Trace, image: &StoredImage) -> Result<(Trace, Dropped)> {
+    let fitted = fit(trace, image, 0)?;
+    Ok((fitted.trace, fitted.dropped))
+}
+
 /// What a blob number of the old trace stands for.
 #[derive(Clone, Copy)]
 struct Known {
@@ -34,9 +45,22 @@ struct Known {
     blob: u16,
 }
 
-/// Fits `trace` to the image with this manifest and these layers; at most `order_max` blocks come back one by one. Time
-/// that passed before a dropped block passes before the next one that is kept.
-pub(super) fn fit(trace: &Trace, manifest: Sha256, bundle: &Bundle, order_max: usize) -> Fitted {
+/// Fits `trace` to the image; at most `order_max` blocks come back one by one.
+///
+/// # Errors
+/// `Usage` when nothing is left of it.
+pub(super) fn fit(trace: &Trace, image: &StoredImage, order_max: usize) -> Result<Fitted> {
+    let fitted = fit_to(trace, Sha256(image.digest.0), &image.bundle, order_max);
+    if fitted.trace.entries.is_empty() {
+        let message = format!("none of the {} traced blocks is of image {}", trace.blocks(), image.digest);
+        return Err(Error::new(ErrorKind::Usage, message));
+    }
+    Ok(fitted)
+}
+
+/// The same for the image with this manifest and these layers. Time that passed before a dropped block passes before the
+/// next one that is kept.
+fn fit_to(trace: &Trace, manifest: Sha256, bundle: &Bundle, order_max: usize) -> Fitted {
     let (blobs, known) = match_blobs(&trace.header.blobs, bundle);
     let mut entries = Vec::with_capacity(trace.entries.len());
     let (mut order, mut dropped) = (Vec::new(), Dropped::default());
@@ -116,7 +140,7 @@ mod tests {
         let entries = vec![entry(2, 18, 2), entry(0, 0, 5), entry(1, 8, 4), entry(1, 500, 1), entry(2, 0, 1)];
         let trace = Trace { header, entries };
         let manifest = Sha256::of(b"this build");
-        let fitted = fit(&trace, manifest, &bundle, 4);
+        let fitted = fit_to(&trace, manifest, &bundle, 4);
         assert_eq!(fitted.trace.header.blobs, [b"top".as_slice(), b"base"].map(Sha256::of));
         assert_eq!(fitted.trace.header.manifest, manifest);
         let with_wait = |entry, since_previous_us| TraceEntry { since_previous_us, ..entry };

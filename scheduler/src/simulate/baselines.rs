@@ -87,11 +87,7 @@ impl Desk {
                     !lacks.is_empty()
                 });
             }
-            Happened::Began
-            | Happened::Touch { .. }
-            | Happened::Avoided { .. }
-            | Happened::FirstByte { .. }
-            | Happened::Tick => {}
+            Happened::Began | Happened::Touch { .. } | Happened::FirstByte { .. } | Happened::Tick => {}
         }
     }
 
