@@ -78,6 +78,7 @@ fn starts_are_as_near_to_their_bound_as_promised_and_the_same_every_time() {
     for row in &rows {
         assert!(row.ratio() > 1.0 - 1e-6, "faster than is possible: {row:?}");
         assert_eq!(row.outcome.duplicate_bytes, 0, "{row:?}");
+        assert!(row.policy != "ublkimg" || row.ratio() < 1.25 || row.keeps_promise(), "{row:?}");
     }
     assert_eq!(rows, all_rows());
 }
@@ -116,7 +117,7 @@ fn wrong_traces_are_replayed_within_their_cap() {
         let rows = wrong_rows(&workloads[0], &workloads[1], &workloads[0].runs[0], layout).unwrap();
         assert_eq!(rows.len(), 3 * 2 * 4, "links, estimators, traces");
         for row in rows {
-            assert!(row.plan_bytes <= row.cap_bytes, "{row:?}");
+            assert!(row.keeps_promise(), "{row:?}");
             assert_eq!(row.row.outcome.duplicate_bytes, 0, "{row:?}");
         }
     }

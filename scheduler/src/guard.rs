@@ -19,10 +19,21 @@ pub(crate) enum Level {
 }
 
 /// Balance of a new plan: the first read outside it narrows it, the second drops it.
-const BALANCE_START: u32 = 2;
+const BALANCE_START: u32 = 4;
 
-/// Most that reads inside the plan save up: so many outside it in a row drop it.
-const BALANCE_MAX: u32 = 16;
+/// Most that reads inside the plan save up: half as many outside it in a row drop it.
+const BALANCE_MAX: u32 = 32;
+
+/// What a read costs that the plan does not know. A plan that knows less than two thirds of the reads is lost.
+const STRANGER_COST: u32 = 2;
+
+/// What a jump costs. A phase that is left out is followed by a long run of reads in order; in a plan without any order
+/// each jump leads to the next.
+const JUMP_COST: u32 = 4;
+
+/// Balance at which a dropped plan is taken up again. One that names a third of the image at random knows every third
+/// read: it must not come back on each of them.
+const BALANCE_BACK: u32 = 8;
 
 /// First reads that are remembered: the bits of a word.
 const RECENT: u32 = u64::BITS;
@@ -38,6 +49,8 @@ const DUE_MAX: u32 = 512;
 #[derive(Debug)]
 pub(crate) struct Guard {
     balance: u32,
+    /// The balance was spent, and has not been earned back.
+    is_dropped: bool,
     /// A bit for each of the last first reads, 1 if the plan knew it.
     recent: u64,
     recent_count: u32,
@@ -47,16 +60,26 @@ pub(crate) struct Guard {
 
 impl Default for Guard {
     fn default() -> Self {
-        Self { balance: BALANCE_START, recent: 0, recent_count: 0, due: 0, due_read: 0 }
+        Self { balance: BALANCE_START, is_dropped: false, recent: 0, recent_count: 0, due: 0, due_read: 0 }
     }
 }
 
 impl Guard {
-    /// A first read, and whether the plan knew it.
-    pub(crate) fn read(&mut self, known: bool) {
-        self.balance = if known { (self.balance + 1).min(BALANCE_MAX) } else { self.balance.saturating_sub(1) };
+    /// A first read: whether the plan knew it, and whether it knew it for another time.
+    pub(crate) fn read(&mut self, known: bool, strayed: bool) {
+        self.balance = match (known, strayed) {
+            (true, false) => (self.balance + 1).min(BALANCE_MAX),
+            (true, true) => self.balance,
+            (false, _) => self.balance.saturating_sub(STRANGER_COST),
+        };
+        self.is_dropped = if self.is_dropped { self.balance < BALANCE_BACK } else { self.balance == 0 };
         self.recent = self.recent << 1 | u64::from(known);
         self.recent_count = (self.recent_count + 1).min(RECENT);
+    }
+
+    /// The plan goes on elsewhere.
+    pub(crate) fn jumped(&mut self) {
+        self.balance = self.balance.saturating_sub(JUMP_COST);
     }
 
     /// The position has passed an entry: was it read?
@@ -70,8 +93,8 @@ impl Guard {
 
     pub(crate) fn level(&self) -> Level {
         let balance = match self.balance {
-            0 => Level::Dropped,
-            1 => Level::Narrowed,
+            _ if self.is_dropped => Level::Dropped,
+            0..BALANCE_START => Level::Narrowed,
             _ => Level::Followed,
         };
         let recent = by_share(self.recent.count_ones(), self.recent_count, RECENT_MIN);
@@ -97,7 +120,7 @@ mod tests {
 
     fn after(reads: &[bool]) -> Level {
         let mut guard = Guard::default();
-        reads.iter().for_each(|known| guard.read(*known));
+        reads.iter().for_each(|known| guard.read(*known, false));
         guard.level()
     }
 
@@ -111,13 +134,34 @@ mod tests {
     #[test]
     fn a_plan_that_was_right_survives_a_digression_and_comes_back_after_a_long_one() {
         let mut guard = Guard::default();
-        (0..100).for_each(|_| guard.read(true));
-        (0..10).for_each(|_| guard.read(false));
+        (0..100).for_each(|_| guard.read(true, false));
+        (0..10).for_each(|_| guard.read(false, false));
         assert_eq!(guard.level(), Level::Followed);
-        (0..60).for_each(|_| guard.read(false));
+        (0..60).for_each(|_| guard.read(false, false));
         assert_eq!(guard.level(), Level::Dropped);
-        (0..40).for_each(|_| guard.read(true));
+        (0..40).for_each(|_| guard.read(true, false));
         assert_eq!(guard.level(), Level::Followed);
+    }
+
+    #[test]
+    fn a_plan_that_knows_a_third_by_chance_stays_dropped() {
+        let mut guard = Guard::default();
+        for read in 0..200 {
+            guard.read(read % 3 == 2, false);
+            assert!(read < 1 || guard.level() == Level::Dropped, "after {read}");
+        }
+        (0..40).for_each(|_| guard.read(true, false));
+        assert!(guard.level() > Level::Dropped, "it has proved itself");
+    }
+
+    #[test]
+    fn a_plan_without_order_is_dropped_though_it_knows_all() {
+        let mut guard = Guard::default();
+        for _ in 0..2 {
+            guard.jumped();
+            (0..3).for_each(|_| guard.read(true, true));
+        }
+        assert_eq!(guard.level(), Level::Dropped);
     }
 
     #[test]
@@ -129,7 +173,7 @@ mod tests {
     #[test]
     fn a_plan_that_names_far_too_much_is_dropped() {
         let mut guard = Guard::default();
-        (0..100).for_each(|_| guard.read(true));
+        (0..100).for_each(|_| guard.read(true, false));
         (0..63).for_each(|_| guard.due(false));
         assert_eq!(guard.level(), Level::Followed);
         guard.due(false);

@@ -66,6 +66,8 @@ pub(crate) struct Plan {
     /// Ranks before this one were judged.
     judged: u32,
     guard: Guard,
+    /// The next chunk that the plan does not know is read in place of a frame that it does.
+    stands_in: bool,
     byte_cap: u64,
     spent_bytes: u64,
 }
@@ -100,6 +102,7 @@ impl Plan {
             position: 0,
             judged: 0,
             guard: Guard::default(),
+            stands_in: false,
             byte_cap,
             spent_bytes: 0,
         }
@@ -205,12 +208,18 @@ impl Plan {
         rank.is_some()
     }
 
+    /// A block is read whose frame is not there: the next chunk that the plan does not know stands in for it.
+    pub(crate) fn avoided(&mut self) {
+        self.stands_in = true;
+    }
+
     /// A chunk is read. `is_first` says whether it is so for the first time, for chunks that the plan does not know.
     /// Returns whether the plan knows the chunk.
     pub(crate) fn read(&mut self, chunk: ChunkKey, is_first: bool) -> bool {
         let Some(rank) = self.rank(chunk) else {
-            if is_first {
-                self.guard.read(false);
+            let stands_in = std::mem::take(&mut self.stands_in);
+            if is_first && !stands_in {
+                self.guard.read(false, false);
             }
             return false;
         };
@@ -219,14 +228,13 @@ impl Plan {
             return true;
         }
         self.read[word] |= bit;
-        self.guard.read(true);
-        if rank < self.sure {
-            self.locate(rank);
-        }
+        let strayed = rank < self.sure && self.locate(rank);
+        self.guard.read(true, strayed);
         true
     }
 
-    fn locate(&mut self, rank: u32) {
+    /// Takes note of where the reader is. Whether that is far from where the plan expects it.
+    fn locate(&mut self, rank: u32) -> bool {
         let strayed = rank > self.current.start.saturating_add(REORDER_RANKS) && self.is_pending(rank)
             || self.skipped.iter().any(|part| part.contains(&rank));
         self.strays.push_back(strayed.then_some(rank));
@@ -240,7 +248,7 @@ impl Plan {
             {
                 self.jump(first);
             }
-            return;
+            return true;
         }
         self.position = self.position.max(rank);
         while self.judged + REORDER_RANKS < self.position {
@@ -248,6 +256,7 @@ impl Plan {
             self.guard.due(read);
             self.judged += 1;
         }
+        false
     }
 
     fn is_pending(&self, rank: u32) -> bool {
@@ -260,6 +269,7 @@ impl Plan {
             return;
         }
         self.jumps += 1;
+        self.guard.jumped();
         self.strays.clear();
         let current = std::mem::replace(&mut self.current, 0..0);
         self.skipped.push(current);

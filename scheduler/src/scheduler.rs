@@ -74,7 +74,7 @@ impl Scheduler {
             Event::SetPlan { image, entries, byte_cap } => self.set_plan(image, entries, byte_cap),
             Event::SetFill { image, mode, blobs } => self.set_fill(image, mode, blobs),
             Event::Demand { image, ticket, chunks } => self.demand(image, ticket, chunks, now, actions),
-            Event::Touch { image, chunk } => self.read(image, chunk, true, now),
+            Event::Touch { image, chunk } => self.touch(image, chunk, now),
             Event::FirstByte { fetch } => self.first_byte(fetch, now),
             Event::Arrived { chunk } => self.arrived(chunk, now),
             Event::Fetched { chunk } => self.fetched(chunk, now, actions),
@@ -91,6 +91,15 @@ impl Scheduler {
     #[must_use]
     pub fn counters(&self) -> Counters {
         self.counters
+    }
+
+    /// Whether the plan of an image has not been dropped. Once it is, a block that its hot blob has is better had with its
+    /// chunk, for the rest of the frame will not be read: the caller demands the chunk then, and sends
+    /// [`Event::Touch`] for the frame, by which the plan can prove itself again.
+    #[must_use]
+    pub fn trusts_plan(&self, image: ImageKey) -> bool {
+        let plan = self.images.get(&image).and_then(|image| image.plan.as_ref());
+        plan.is_none_or(|plan| plan.level() != Level::Dropped)
     }
 
     /// What has been decided for an image; `None` if it is unknown.
@@ -185,6 +194,14 @@ impl Scheduler {
         if let Some(link) = self.links.get_mut(&found.link) {
             link.fills.add(image);
         }
+    }
+
+    fn touch(&mut self, image: ImageKey, chunk: ChunkKey, now: Now) {
+        let is_avoided = self.table.state(chunk) == Some(State::Absent);
+        if is_avoided && let Some(plan) = self.images.get_mut(&image).and_then(|image| image.plan.as_mut()) {
+            plan.avoided();
+        }
+        self.read(image, chunk, true, now);
     }
 
     /// Takes note of a read: of a chunk that was there, or one that is demanded. `is_first` holds if it is known to be

@@ -151,7 +151,8 @@ pub enum Event<'a> {
         /// What it misses.
         chunks: &'a [ChunkKey],
     },
-    /// First read of a chunk that was already there.
+    /// First read of a chunk that was already there. For a frame of a hot blob that is not: a block that it holds is read
+    /// from a layer instead, see [`crate::Scheduler::trusts_plan`]; the read of the layer's chunk is told next.
     Touch {
         /// Whose device.
         image: ImageKey,

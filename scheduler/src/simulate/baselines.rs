@@ -87,7 +87,11 @@ impl Desk {
                     !lacks.is_empty()
                 });
             }
-            Happened::Began | Happened::Touch { .. } | Happened::FirstByte { .. } | Happened::Tick => {}
+            Happened::Began
+            | Happened::Touch { .. }
+            | Happened::Avoided { .. }
+            | Happened::FirstByte { .. }
+            | Happened::Tick => {}
         }
     }
 

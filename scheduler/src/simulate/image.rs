@@ -103,22 +103,34 @@ impl SimulatedImage {
         self.chunks.iter().map(|size| u64::from(size.stored_len_bytes)).sum()
     }
 
-    /// Most bytes that a plan for this image may cost: 15 % of it and 64 MiB, so that a small image can be had whole.
+    /// Most bytes that a plan for this image may cost: 15 % of its raw bytes and 64 MiB, so that a small image can be had
+    /// whole. In chunks, a start needs up to a third of the stored bytes of its image.
     #[must_use]
     pub fn plan_cap_bytes(&self) -> u64 {
-        self.stored_bytes() * 15 / 100 + (64 << 20)
+        let raw_bytes: u64 = self.chunks.iter().map(|size| u64::from(size.raw_len_bytes)).sum();
+        raw_bytes * 15 / 100 + (64 << 20)
     }
 
     /// What a read needs, each once, in the order of its blocks.
     #[must_use]
     pub fn units_of(&self, read: RecordedRead) -> Vec<ChunkKey> {
+        self.units_by(read, |frame, _| frame)
+    }
+
+    /// The same, where `choose` is asked for each block that the hot blob has: its frame, or its chunk?
+    pub(super) fn units_by(
+        &self,
+        read: RecordedRead,
+        choose: impl Fn(ChunkKey, ChunkKey) -> ChunkKey,
+    ) -> Vec<ChunkKey> {
         let mut units: Vec<ChunkKey> = Vec::new();
         for block in read.block..read.block.saturating_add(read.blocks) {
+            let chunk = ChunkKey { blob: LAYER, chunk: block / CHUNK_BLOCKS };
             let unit = match self.frame_of_block.get(&block) {
-                Some(frame) => ChunkKey { blob: HOT, chunk: *frame },
-                None => ChunkKey { blob: LAYER, chunk: block / CHUNK_BLOCKS },
+                Some(frame) => choose(ChunkKey { blob: HOT, chunk: *frame }, chunk),
+                None => chunk,
             };
-            if (unit.blob == HOT || self.index(unit).is_some()) && !units.contains(&unit) {
+            if self.index(unit).is_some() && !units.contains(&unit) {
                 units.push(unit);
             }
         }

@@ -110,7 +110,9 @@ impl Policy for Ours {
         let Self { scheduler, actions, .. } = self;
         match happened {
             Happened::Began => self.begin(now),
-            Happened::Touch { unit } => scheduler.step(Event::Touch { image: IMAGE, chunk: unit }, now, actions),
+            Happened::Touch { unit } | Happened::Avoided { unit } => {
+                scheduler.step(Event::Touch { image: IMAGE, chunk: unit }, now, actions);
+            }
             Happened::Demand { ticket, units } => {
                 let demand = Event::Demand { image: IMAGE, ticket: Ticket(ticket), chunks: units };
                 scheduler.step(demand, now, actions);
@@ -129,6 +131,10 @@ impl Policy for Ours {
             Action::Wake { ticket, .. } => Order::Wake { ticket: ticket.0 },
             Action::WakeAt { at } => Order::TellAt { at },
         }));
+    }
+
+    fn avoids_hot_blob(&self) -> bool {
+        !self.scheduler.trusts_plan(IMAGE)
     }
 }
 

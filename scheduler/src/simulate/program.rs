@@ -27,7 +27,9 @@ pub struct ProgramRead {
     pub think: Duration,
     /// Where it lies in the recording: the sum of all thinking up to it.
     pub due: Duration,
-    /// What it needs.
+    /// As recorded.
+    pub recorded: RecordedRead,
+    /// What it needs while nothing is there: frames of the hot blob, and chunks for the blocks outside.
     pub units: Vec<ChunkKey>,
 }
 
@@ -58,7 +60,7 @@ impl Program {
             let due = at(read).mul_f64(scale).max(clock);
             let think = due - clock;
             clock = due;
-            ProgramRead { think, due, units: image.units_of(*read) }
+            ProgramRead { think, due, recorded: *read, units: image.units_of(*read) }
         });
         let reads: Vec<ProgramRead> = replayed.collect();
         Self { reads, tail: warm.saturating_sub(clock) }

@@ -8,7 +8,7 @@ use crate::types::{BlobKey, ChunkKey, Now};
 
 use super::image::SimulatedImage;
 use super::link::{Delivery, FluidLink, Link};
-use super::program::Program;
+use super::program::{Program, ProgramRead};
 
 /// What a policy is told.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +18,12 @@ pub enum Happened<'a> {
     /// The program reads, for the first time, a unit that is there.
     Touch {
         /// The unit.
+        unit: ChunkKey,
+    },
+    /// The program reads a block of this frame, which is not there and is not asked for, because the policy avoids the hot
+    /// blob: the block's chunk is read instead.
+    Avoided {
+        /// The frame.
         unit: ChunkKey,
     },
     /// The program waits for these; the policy gives [`Order::Wake`] once all of them are there.
@@ -69,6 +75,11 @@ pub enum Order {
 pub trait Policy {
     /// Takes what happened and appends orders.
     fn on(&mut self, happened: Happened<'_>, now: Now, orders: &mut Vec<Order>);
+
+    /// Whether a block that nobody has asked for yet is to be had with its chunk, though the hot blob has it.
+    fn avoids_hot_blob(&self) -> bool {
+        false
+    }
 }
 
 /// What is simulated.
@@ -201,6 +212,8 @@ struct Run<'a> {
     link: FluidLink,
     books: Vec<Book>,
     activity: Activity,
+    /// What the last read needs.
+    needs: Vec<ChunkKey>,
     alarm: Option<Now>,
     orders: Vec<Order>,
     in_flight_bytes: BTreeMap<u64, u64>,
@@ -215,6 +228,7 @@ impl<'a> Run<'a> {
             link: FluidLink::new(scenario.link),
             books: vec![Book { state: UnitState::Absent, read: false }; scenario.image.len()],
             activity: Activity::Done,
+            needs: Vec::new(),
             alarm: None,
             orders: Vec::new(),
             in_flight_bytes: BTreeMap::new(),
@@ -266,7 +280,8 @@ impl<'a> Run<'a> {
         };
         let mut missing = Vec::new();
         let mut touched = Vec::new();
-        for &unit in &read.units {
+        self.needs = self.scenario.image.units_by(read.recorded, |frame, chunk| self.choose(frame, chunk, policy));
+        for &unit in &self.needs {
             let Some(book) = self.scenario.image.index(unit).and_then(|index| self.books.get_mut(index)) else {
                 continue;
             };
@@ -287,10 +302,14 @@ impl<'a> Run<'a> {
                 }
             }
         }
+        let avoided = self.avoided(read);
         if missing.is_empty() {
             self.think(next + 1);
         } else {
             self.activity = Activity::Waiting { since: self.now, next, ticket: next as u64 };
+        }
+        for unit in avoided {
+            self.tell(policy, Happened::Avoided { unit })?;
         }
         for unit in touched {
             self.tell(policy, Happened::Touch { unit })?;
@@ -299,6 +318,23 @@ impl<'a> Run<'a> {
             self.tell(policy, Happened::Demand { ticket: next as u64, units: &missing })?;
         }
         Ok(())
+    }
+
+    /// As the driver does: from the layer's store what is there, then from the hot blob's, and whatever is fetched comes
+    /// in a frame if the policy trusts in the hot blob.
+    fn choose(&self, frame: ChunkKey, chunk: ChunkKey, policy: &dyn Policy) -> ChunkKey {
+        let avoid = || self.state(frame) == Some(UnitState::Absent) && policy.avoids_hot_blob();
+        if self.state(chunk) == Some(UnitState::Present) || avoid() { chunk } else { frame }
+    }
+
+    /// Frames that have blocks of the read, and that it does without although their bytes are not there otherwise.
+    fn avoided(&self, read: &ProgramRead) -> Vec<ChunkKey> {
+        let is_missing = |unit: &&ChunkKey| self.state(**unit) == Some(UnitState::Absent) && !self.needs.contains(unit);
+        read.units.iter().filter(is_missing).copied().collect()
+    }
+
+    fn state(&self, unit: ChunkKey) -> Option<UnitState> {
+        self.books.get(self.scenario.image.index(unit)?).map(|book| book.state)
     }
 
     /// Thinks before read `next`, or, past the last, until ready.
@@ -320,7 +356,7 @@ impl<'a> Run<'a> {
         }
         self.orders = orders;
         match self.activity {
-            Activity::Waiting { next, ticket, .. } if self.is_there(next) => Err(SimulationError::WrongWake { ticket }),
+            Activity::Waiting { ticket, .. } if self.is_there() => Err(SimulationError::WrongWake { ticket }),
             _ => Ok(()),
         }
     }
@@ -355,7 +391,7 @@ impl<'a> Run<'a> {
 
     fn wake(&mut self, ticket: u64) -> Result<(), SimulationError> {
         match self.activity {
-            Activity::Waiting { since, next, ticket: waiting } if waiting == ticket && self.is_there(next) => {
+            Activity::Waiting { since, next, ticket: waiting } if waiting == ticket && self.is_there() => {
                 self.outcome.stall += self.now - since;
                 self.think(next + 1);
                 Ok(())
@@ -364,11 +400,9 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Whether all that read number `next` needs is there.
-    fn is_there(&self, next: usize) -> bool {
-        let units = self.scenario.program.reads.get(next).map_or(&[][..], |read| &read.units);
-        let mut books = units.iter().filter_map(|unit| self.books.get(self.scenario.image.index(*unit)?));
-        books.all(|book| book.state == UnitState::Present)
+    /// Whether all that the read needs is there.
+    fn is_there(&self) -> bool {
+        self.needs.iter().all(|unit| self.state(*unit) == Some(UnitState::Present))
     }
 
     fn finish(mut self) -> Outcome {
