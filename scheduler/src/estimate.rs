@@ -2,7 +2,8 @@
 //!
 //! A request remembers how much had been delivered when it was issued; when its bytes are there, what was delivered
 //! since, over the time since, is a sample of the delivery rate. The bandwidth is the largest sample of the last seconds,
-//! the round trip the least time to a first byte: queues of our own making enter neither. A sample taken while there was
+//! the round trip the least time to a first byte: queues of our own making enter neither. Chunks count when they are
+//! complete, so a short sample may take in bytes that came before it; once a link is known, samples take two round trips. A sample taken while there was
 //! nothing to ask for says less than the link can do; it counts only if it is the largest.
 //!
 //! A new link starts with a modest window that grows, at least twofold each round trip, until the bandwidth grows by
@@ -12,6 +13,9 @@ use crate::types::{Estimate, Now};
 
 /// The bandwidth-delay product is taken to be at least this: below it the size of chunks decides what keeps a link busy.
 pub const PRODUCT_BYTES_MIN: u64 = 256 << 10;
+
+/// A chunk of the largest size.
+const CHUNK_BYTES: u64 = 256 << 10;
 
 /// The largest window: twice the product of 1 Gbit/s and 130 ms, or of 10 Gbit/s and 13 ms.
 pub const WINDOW_BYTES_MAX: u64 = 32 << 20;
@@ -81,6 +85,8 @@ pub(crate) struct Estimator {
     delivered_bytes: u64,
     /// A request issued when this much was delivered ends the round.
     round_end_bytes: u64,
+    /// The ends of the last two rounds.
+    rounds: [Option<Mark>; 2],
     /// Until this much is delivered, requests were issued with too little in flight.
     idle_end_bytes: u64,
     startup: Option<Startup>,
@@ -93,6 +99,7 @@ impl Default for Estimator {
             round_trip_ns: Best::default(),
             delivered_bytes: 0,
             round_end_bytes: 0,
+            rounds: [None; 2],
             idle_end_bytes: 0,
             startup: Some(Startup { bandwidth: 0, rounds: 0 }),
         }
@@ -141,27 +148,50 @@ impl Estimator {
     /// Bytes of a request are there.
     pub(crate) fn arrived(&mut self, mark: &Mark, len_bytes: u64, now: Now) {
         self.delivered_bytes += len_bytes;
-        let elapsed_ns = u128::from(nanoseconds(now.saturating_sub(mark.at)).max(1));
-        let bytes = u128::from(self.delivered_bytes - mark.delivered_bytes);
-        let sample = u64::try_from(bytes * 1_000_000_000 / elapsed_ns).unwrap_or(u64::MAX);
-        if !mark.idle || self.bandwidth.get(u64::max).is_none_or(|best| sample > best) {
-            self.bandwidth.add(sample, now, BANDWIDTH_SPAN, u64::max);
+        if self.startup.is_some() || self.bandwidth.get(u64::max).is_none() {
+            self.sample(mark, now);
         }
         if mark.delivered_bytes >= self.round_end_bytes {
             self.round_end_bytes = self.delivered_bytes;
-            self.end_round(mark.idle);
+            self.end_round(mark.idle, now);
         }
     }
 
-    fn end_round(&mut self, idle: bool) {
+    fn sample(&mut self, mark: &Mark, now: Now) {
+        let sample = self.rate(mark, now);
+        if !mark.idle || self.bandwidth.get(u64::max).is_none_or(|best| sample > best) {
+            self.bandwidth.add(sample, now, BANDWIDTH_SPAN, u64::max);
+        }
+    }
+
+    fn rate(&self, mark: &Mark, now: Now) -> u64 {
+        let elapsed_ns = u128::from(nanoseconds(now.saturating_sub(mark.at)).max(1));
+        let bytes = u128::from(self.delivered_bytes - mark.delivered_bytes);
+        u64::try_from(bytes * 1_000_000_000 / elapsed_ns).unwrap_or(u64::MAX)
+    }
+
+    fn end_round(&mut self, idle: bool, now: Now) {
+        let mark = Mark { at: now, delivered_bytes: self.delivered_bytes, idle };
+        let [before, last] = self.rounds;
+        self.rounds = [last, Some(mark)];
+        let idle_before = last.is_none_or(|last| last.idle);
+        let Some(startup) = &mut self.startup else {
+            if let Some(before) = before {
+                self.sample(&Mark { idle: idle || idle_before, ..before }, now);
+            }
+            return;
+        };
         let bandwidth = self.bandwidth.get(u64::max).unwrap_or(0);
-        let Some(startup) = &mut self.startup else { return };
         if bandwidth >= startup.bandwidth + startup.bandwidth / 4 {
             *startup = Startup { bandwidth, rounds: 0 };
         } else if !idle {
             startup.rounds += 1;
             if startup.rounds >= STARTUP_ROUNDS {
                 self.startup = None;
+                // What a full link delivered in two rounds is nearer to the truth than the best of many short samples.
+                if let Some(before) = before {
+                    self.bandwidth = Best { current: Some(self.rate(&before, now)), ..Best::default() };
+                }
             }
         }
     }
@@ -174,12 +204,17 @@ impl Estimator {
         })
     }
 
-    /// The most that prefetch may have in flight, and so the most that a demand finds before it: twice the product.
+    /// The most that prefetch may have in flight, and so the most that a demand finds before it: twice the product, and
+    /// a chunk for those that are half here and count in full.
     pub(crate) fn window_bytes(&self) -> u64 {
+        (2 * self.range_bytes() + if self.is_starting() { 0 } else { CHUNK_BYTES }).min(WINDOW_BYTES_MAX)
+    }
+
+    /// The longest range of one request: two of them fit the window.
+    pub(crate) fn range_bytes(&self) -> u64 {
         let product = self.product_bytes();
-        let window =
-            if self.startup.is_some() { product.saturating_mul(STARTUP_GAIN) } else { product.saturating_mul(2) };
-        window.clamp(2 * PRODUCT_BYTES_MIN, WINDOW_BYTES_MAX)
+        let half = if self.is_starting() { product.saturating_mul(STARTUP_GAIN) / 2 } else { product };
+        half.clamp(PRODUCT_BYTES_MIN, WINDOW_BYTES_MAX / 2)
     }
 }
 
@@ -236,7 +271,7 @@ mod tests {
     fn a_slow_link_keeps_the_least_window() {
         let mut estimator = Estimator::default();
         run(&mut estimator, 1_000_000, Now::from_millis(20), 64 << 10, 100);
-        assert_eq!(estimator.window_bytes(), 2 * PRODUCT_BYTES_MIN);
+        assert_eq!(estimator.window_bytes(), 3 * PRODUCT_BYTES_MIN);
     }
 
     #[test]
@@ -244,7 +279,7 @@ mod tests {
         let mut estimator = Estimator::default();
         let round_trip = Now::from_millis(20);
         estimator.seed(Estimate { bandwidth_bytes_per_second: 125_000_000, round_trip });
-        assert_eq!(estimator.window_bytes(), 5_000_000);
+        assert_eq!(estimator.window_bytes(), 5_000_000 + CHUNK_BYTES);
     }
 
     #[test]

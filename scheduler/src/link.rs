@@ -100,22 +100,33 @@ impl Link {
     }
 
     /// With so much in flight the link is kept busy, and more would only take its turn before what is needed sooner.
+    ///
+    /// When the link was empty, what it holds is enough until the first byte comes. Those requests share the link and so
+    /// end together, and so would what follows each: for another round trip the whole window is used. After that a little
+    /// more than the product is enough, with a chunk for the one that is half here and counts in full.
     fn enough_bytes(&self, chunk_bytes: u64, now: Now) -> u64 {
+        let window = self.window_bytes();
         if self.estimator.is_starting() {
-            return self.window_bytes();
+            return window;
         }
         let product = self.estimator.product_bytes();
-        if now < self.silent_until { product.max(chunk_bytes) } else { product + product / 4 + PRODUCT_BYTES_MIN }
+        if now < self.silent_until {
+            product.max(chunk_bytes)
+        } else if now < self.silent_until + self.estimator.round_trip().unwrap_or(Now::ZERO) {
+            window
+        } else {
+            product + product / 4 + PRODUCT_BYTES_MIN
+        }
     }
 
     /// Less is in flight than keeps the link busy: what is measured now says little about it.
     pub(crate) fn is_idle(&self, now: Now) -> bool {
-        self.in_flight_bytes() + PRODUCT_BYTES_MIN < self.enough_bytes(0, now)
+        self.prefetches < PREFETCH_REQUESTS_MAX && self.in_flight_bytes() + PRODUCT_BYTES_MIN < self.enough_bytes(0, now)
     }
 
     /// The first byte of an answer is there.
-    pub(crate) fn speaks(&mut self) {
-        self.silent_until = Now::ZERO;
+    pub(crate) fn speaks(&mut self, now: Now) {
+        self.silent_until = self.silent_until.min(now);
     }
 
     pub(crate) fn issued(&mut self, class: Class, len_bytes: u64, now: Now) {

@@ -31,6 +31,10 @@ const STRAYS: usize = 3;
 /// is not in the plan's order at all.
 const JUMPS_MAX: u32 = 64;
 
+/// Rest of a plan after a read that it does not know, unless one comes that it knows: two round trips and more. While the
+/// program misses one chunk after another that no plan told of, nothing is put before the next miss.
+const PAUSE: Now = Now::from_millis(50);
+
 /// Times that an entry is asked for again after its fetch failed.
 const RETRIES_MAX: u8 = 3;
 
@@ -62,6 +66,8 @@ pub(crate) struct Plan {
     /// The last reads: the rank, if it strayed.
     strays: VecDeque<Option<u32>>,
     jumps: u32,
+    /// The last read was none of ours: wait for one that is, or until this.
+    paused_until: Now,
     position: u32,
     /// Ranks before this one were judged.
     judged: u32,
@@ -99,6 +105,7 @@ impl Plan {
             retries: VecDeque::new(),
             strays: VecDeque::new(),
             jumps: 0,
+            paused_until: Now::ZERO,
             position: 0,
             judged: 0,
             guard: Guard::default(),
@@ -152,7 +159,7 @@ impl Plan {
 
     /// The first entry that is to be fetched. What needs nothing is passed for good.
     pub(crate) fn peek(&mut self, now: Now, want: impl Fn(ChunkKey) -> Want) -> Option<(u32, ChunkKey)> {
-        if self.level() == Level::Dropped {
+        if self.level() == Level::Dropped || now < self.paused_until {
             return None;
         }
         loop {
@@ -197,8 +204,11 @@ impl Plan {
 
     /// When [`Self::peek`] may have something that it has not now.
     pub(crate) fn retry_at(&self) -> Option<Now> {
-        let waits = self.current.is_empty() && self.level() != Level::Dropped;
-        self.retries.front().filter(|_| waits).map(|(at, _)| *at)
+        if !self.is_followed() {
+            return None;
+        }
+        let retry_at = self.retries.front().filter(|_| self.current.is_empty()).map_or(Now::ZERO, |(at, _)| *at);
+        Some(retry_at.max(self.paused_until))
     }
 
     /// The fetch of an entry failed for the `failures`th time. Whether it will be asked for again.
@@ -215,11 +225,12 @@ impl Plan {
 
     /// A chunk is read. `is_first` says whether it is so for the first time, for chunks that the plan does not know.
     /// Returns whether the plan knows the chunk.
-    pub(crate) fn read(&mut self, chunk: ChunkKey, is_first: bool) -> bool {
+    pub(crate) fn read(&mut self, chunk: ChunkKey, is_first: bool, now: Now) -> bool {
         let Some(rank) = self.rank(chunk) else {
             let stands_in = std::mem::take(&mut self.stands_in);
             if is_first && !stands_in {
-                self.guard.read(false, false);
+                self.guard.read(false);
+                self.paused_until = now + PAUSE;
             }
             return false;
         };
@@ -229,7 +240,10 @@ impl Plan {
         }
         self.read[word] |= bit;
         let strayed = rank < self.sure && self.locate(rank);
-        self.guard.read(true, strayed);
+        if !strayed {
+            self.guard.read(true);
+            self.paused_until = Now::ZERO;
+        }
         true
     }
 

@@ -9,7 +9,7 @@ use crate::guard::Level;
 use crate::plan::{Plan, Want};
 use crate::scheduler::Scheduler;
 use crate::table::{Chunk, State};
-use crate::types::{Action, BlobKind, ChunkKey, Class, FillMode, ImageKey, LinkKey, Now};
+use crate::types::{Action, BlobKey, BlobKind, ChunkKey, Class, FillMode, ImageKey, LinkKey, Now};
 
 /// Neighbours in a layer are fetched with one request only if they are neighbours in the plan too, give or take so many
 /// ranks: what a range brings early delays what was to come before it.
@@ -84,11 +84,11 @@ impl Scheduler {
         };
         let Some((rank, first)) = plan.peek(now, want) else { return Turn::Nothing { ever: plan.is_over() } };
         let (level, left_bytes) = (plan.level(), plan.left_bytes());
-        let Some((link, first_bytes)) = self.link_of(first) else { return Turn::Nothing { ever: false } };
+        let Some(first_bytes) = self.len_bytes(first) else { return Turn::Nothing { ever: false } };
         if first_bytes > left_bytes {
             return Turn::Nothing { ever: true };
         }
-        let room_bytes = self.room_bytes(link, Class::Trace, level, first_bytes, now);
+        let room_bytes = self.room_bytes(first.blob, Class::Trace, level, first_bytes, now);
         if room_bytes == 0 {
             return Turn::Full;
         }
@@ -122,8 +122,8 @@ impl Scheduler {
     fn range_end(&self, first: ChunkKey, most_bytes: u64, may: impl Fn(ChunkKey) -> bool) -> u32 {
         let mut end = first.chunk + 1;
         let Some(blob) = self.table.blob(first.blob) else { return end };
-        let half = self.links.get(&blob.link).map_or(0, |link| link.window_bytes() / 2);
-        let most_bytes = most_bytes.min(half);
+        let longest = self.links.get(&blob.link).map_or(0, |link| link.estimator.range_bytes());
+        let most_bytes = most_bytes.min(longest);
         let (most_chunks, _) = self.flights.room();
         let mut bytes = self.table.chunk(first).map_or(0, Chunk::len_bytes);
         while blob.is_followed(end - 1) && ((end - first.chunk) as usize) < most_chunks {
@@ -140,12 +140,11 @@ impl Scheduler {
 
     fn issue_read_ahead(&mut self, now: Now, actions: &mut Vec<Action>) {
         let mut streams = std::mem::take(&mut self.streams);
-        let room = |policy: &Self, blob, chunk_bytes| {
-            let Some(blob) = policy.table.blob(blob) else { return 0 };
-            policy.room_bytes(blob.link, Class::ReadAhead, Level::Followed, chunk_bytes, now)
+        let room = |policy: &Self, blob: BlobKey, chunk_bytes| {
+            policy.room_bytes(blob, Class::ReadAhead, Level::Followed, chunk_bytes, now)
         };
         while let Some(chunk) = streams.next(|blob| room(self, blob, 1) > 0) {
-            let Some((_, bytes)) = self.link_of(chunk) else { continue };
+            let Some(bytes) = self.len_bytes(chunk) else { continue };
             if self.table.state(chunk) != Some(State::Absent) || self.recent_failure(chunk, now).is_some() {
                 continue;
             }
@@ -199,7 +198,8 @@ impl Scheduler {
         };
         let mode = fill.mode;
         let Some(first) = fill.peek(now, &self.table) else { return Turn::Nothing { ever: fill.at_end() } };
-        let Some((link, first_bytes)) = self.link_of(first) else { return Turn::Nothing { ever: false } };
+        let Some(link) = self.table.blob(first.blob).map(|blob| blob.link) else { return Turn::Nothing { ever: false } };
+        let Some(first_bytes) = self.len_bytes(first) else { return Turn::Nothing { ever: false } };
         if self.recent_failure(first, now).is_some() {
             self.pass_fill(key, first.chunk + 1);
             return Turn::Issued(0);
@@ -207,7 +207,7 @@ impl Scheduler {
         if mode == FillMode::Idle && self.links.get(&link).is_none_or(|link| !link.may_fill_idly(now)) {
             return Turn::Nothing { ever: false };
         }
-        let room_bytes = self.room_bytes(link, Class::Fill, Level::Followed, first_bytes, now);
+        let room_bytes = self.room_bytes(first.blob, Class::Fill, Level::Followed, first_bytes, now);
         if room_bytes == 0 {
             return Turn::Full;
         }
@@ -238,13 +238,15 @@ impl Scheduler {
         link.plans.images().any(|image| plan(image).is_some_and(Plan::is_followed))
     }
 
-    fn link_of(&self, chunk: ChunkKey) -> Option<(LinkKey, u64)> {
-        Some((self.table.blob(chunk.blob)?.link, self.table.chunk(chunk)?.len_bytes()))
+    fn len_bytes(&self, chunk: ChunkKey) -> Option<u64> {
+        self.table.chunk(chunk).map(Chunk::len_bytes)
     }
 
-    fn room_bytes(&self, link: LinkKey, class: Class, level: Level, chunk_bytes: u64, now: Now) -> u64 {
+    /// Bytes that may be asked for now, in a request that begins with a chunk of so many; 0 is none.
+    fn room_bytes(&self, blob: BlobKey, class: Class, level: Level, chunk_bytes: u64, now: Now) -> u64 {
         let (chunks, bytes) = self.flights.room();
-        let Some(link) = self.links.get(&link) else { return 0 };
+        let Some(blob) = self.table.blob(blob) else { return 0 };
+        let Some(link) = self.links.get(&blob.link) else { return 0 };
         let room = link.room_bytes(class, level, chunk_bytes, now).min(bytes);
         if chunks == 0 || room < chunk_bytes { 0 } else { room }
     }

@@ -215,7 +215,7 @@ impl Scheduler {
         if let Some(image) = self.images.get_mut(&image) {
             image.counters.used_bytes += used_bytes;
             if let Some(plan) = &mut image.plan {
-                is_planned = plan.read(key, is_first) && plan.level() != Level::Dropped;
+                is_planned = plan.read(key, is_first, now) && plan.level() != Level::Dropped;
             }
         }
         // What a plan knows of is no sign of a sequential reader, and hot blobs have none.
@@ -238,7 +238,7 @@ impl Scheduler {
             link.idle_fill.first_byte(now.saturating_sub(request.mark.at), link.estimator.round_trip());
         }
         link.estimator.first_byte(&request.mark, now);
-        link.speaks();
+        link.speaks(now);
     }
 
     fn arrived(&mut self, chunk: ChunkKey, now: Now) {
