@@ -142,7 +142,7 @@ mod tests {
         assert_eq!(guard.level(), Level::Followed);
         (0..60).for_each(|_| guard.read(false));
         assert_eq!(guard.level(), Level::Dropped);
-        (0..40).for_each(|_| guard.read(true));
+        (0..50).for_each(|_| guard.read(true));
         assert_eq!(guard.level(), Level::Followed);
     }
 

@@ -31,6 +31,8 @@ mod flight;
 mod guard;
 mod link;
 mod plan;
+#[cfg(test)]
+mod policy_tests;
 mod prefetch;
 mod scheduler;
 pub mod simulate;

@@ -121,7 +121,8 @@ impl Link {
 
     /// Less is in flight than keeps the link busy: what is measured now says little about it.
     pub(crate) fn is_idle(&self, now: Now) -> bool {
-        self.prefetches < PREFETCH_REQUESTS_MAX && self.in_flight_bytes() + PRODUCT_BYTES_MIN < self.enough_bytes(0, now)
+        self.prefetches < PREFETCH_REQUESTS_MAX
+            && self.in_flight_bytes() + PRODUCT_BYTES_MIN < self.enough_bytes(0, now)
     }
 
     /// The first byte of an answer is there.

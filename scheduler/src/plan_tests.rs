@@ -98,7 +98,7 @@ fn a_plan_without_order_jumps_for_a_bounded_number_of_times_and_loses_nothing() 
         plan.read(key(step * 7919 % 10_000), true, Now::ZERO);
         assert!(plan.skipped.len() <= 2 * JUMPS_MAX as usize + 1);
     }
-    let parts = plan.skipped.iter().chain([&plan.current]).map(|part| part.len()).sum::<usize>();
+    let parts = plan.skipped.iter().chain([&plan.current]).map(ExactSizeIterator::len).sum::<usize>();
     assert_eq!(parts, 10_000);
 }
 

@@ -198,7 +198,9 @@ impl Scheduler {
         };
         let mode = fill.mode;
         let Some(first) = fill.peek(now, &self.table) else { return Turn::Nothing { ever: fill.at_end() } };
-        let Some(link) = self.table.blob(first.blob).map(|blob| blob.link) else { return Turn::Nothing { ever: false } };
+        let Some(link) = self.table.blob(first.blob).map(|blob| blob.link) else {
+            return Turn::Nothing { ever: false };
+        };
         let Some(first_bytes) = self.len_bytes(first) else { return Turn::Nothing { ever: false } };
         if self.recent_failure(first, now).is_some() {
             self.pass_fill(key, first.chunk + 1);
