@@ -12,8 +12,8 @@ pub const PREFETCH_CHUNKS_MAX: usize = 1024;
 /// the decoders do not keep up, prefetch waits for them. Twice the largest window.
 pub const PREFETCH_BYTES_MAX: u64 = 64 << 20;
 
-/// Demanded chunks between the action to fetch them and their end, over all links. Four links of
-/// [`crate::DEMAND_CHUNKS_MAX`], so that one registry that does not answer stops nobody else; 33 MiB of chunks.
+/// Demanded chunks between the action to fetch them and their end, over all links. Five links of
+/// [`crate::DEMAND_CHUNKS_MAX`], so that a registry that does not answer stops nobody else; 33 MiB of chunks.
 pub const DEMAND_CHUNKS_TOTAL_MAX: usize = 128;
 
 /// A chunk on its way.

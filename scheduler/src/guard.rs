@@ -1,9 +1,10 @@
 //! Whether a plan is worth following: a trace may be of another command, of an older image, or hostile.
 //!
 //! Three witnesses; the worst of them decides. The reads so far, as a balance that a read which the plan knows raises
-//! and another lowers: a plan that is wholly wrong is dropped after two reads, and one that was right for long survives
-//! a digression. The last 64 first reads: how many of them the plan knew. The entries that are due, which the
-//! position has passed: how many of them were read, without which a plan that names everything would look right.
+//! and another lowers, as does each jump of the plan: one that is wholly wrong is dropped after two reads, one that was
+//! right for long survives a digression. The last 64 first reads: how many of them the plan knew. The entries that are
+//! due, which the position has passed: how many of them were read, without which a plan that names everything would
+//! look right. A read that the plan knows for quite another time speaks neither for nor against it.
 //!
 //! Nothing is final: reads go on being judged while the plan rests, so one that starts late, or has a hole, is taken up.
 

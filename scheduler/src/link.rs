@@ -12,7 +12,7 @@ use crate::types::{ChunkKey, Class, ImageKey, Now};
 /// request of a queue that stalls on scattered chunks.
 pub const DEMAND_CHUNKS_MAX: usize = 24;
 
-/// Requests of prefetch to one link at the same time: enough for the product of 1 Gbit/s and 20 ms in chunks of 40 KB.
+/// Requests of prefetch to one link at the same time: enough for the product of 1 Gbit/s and 20 ms in chunks of 63 KB.
 /// With [`DEMAND_CHUNKS_MAX`] it makes the requests that the registry client has under way at once, so a demand never
 /// waits there behind prefetch.
 pub const PREFETCH_REQUESTS_MAX: usize = 40;
