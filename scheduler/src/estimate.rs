@@ -1,10 +1,11 @@
 //! What a link can do, as BBR finds it out: the most that it delivered, and the least time to a first byte.
 //!
 //! A request remembers how much had been delivered when it was issued; when its bytes are there, what was delivered
-//! since, over the time since, is a sample of the delivery rate. The bandwidth is the largest sample of the last seconds,
-//! the round trip the least time to a first byte: queues of our own making enter neither. Chunks count when they are
-//! complete, so a short sample may take in bytes that came before it; once a link is known, samples take two round trips. A sample taken while there was
-//! nothing to ask for says less than the link can do; it counts only if it is the largest.
+//! since, over the time since, is a sample of the delivery rate. The bandwidth is the largest sample of the last
+//! seconds, the round trip the least time to a first byte: queues of our own making enter neither. Chunks count when
+//! they are complete, so a short sample may take in bytes that came before it; once a link is known, samples take two
+//! round trips. A sample taken while there was nothing to ask for says less than the link can do; it counts only if it
+//! is the largest.
 //!
 //! A new link starts with a modest window that grows, at least twofold each round trip, until the bandwidth grows by
 //! less than a quarter; from then on the window follows the estimate, see [`Estimator::window_bytes`].

@@ -135,7 +135,7 @@ pub enum SimulationError {
     },
     /// A range of units that do not exist, or of none.
     WrongRange,
-    /// More than [`STEPS_MAX`] events: it goes round in circles.
+    /// More than `STEPS_MAX` events: it goes round in circles.
     Endless,
 }
 
