@@ -56,8 +56,14 @@ pub(crate) enum Command {
     Rm(Rm),
     /// List the devices
     Ls(Ls),
-    /// Show one device in detail
+    /// Show one device in detail: reads, what its start took, and how far from the best possible that was
     Status(Status),
+    /// Record the order in which a program reads the image: the trace that later starts follow
+    Record(Record),
+    /// Say that the program that runs from a device is ready, which ends its start
+    Ready(Ready),
+    /// Fetch the rest of an image
+    Fill(Fill),
     /// Show what an image in a registry or layout consists of
     Inspect(Inspect),
     /// Make a profile of recorded starts and list it beside the image: the next start fetches in that order
@@ -132,10 +138,154 @@ pub(crate) struct Add {
     #[arg(long, value_name = "TIME", default_value = "300s", value_parser = duration)]
     pub(crate) read_timeout: Duration,
     #[command(flatten)]
+    pub(crate) start: StartArguments,
+    /// Do not keep the order of the first run on this host; without a published profile it is kept for the next `add`
+    #[arg(long)]
+    pub(crate) no_record: bool,
+    /// Fetch what nobody asked for: not at all, when the link is idle, or at full rate
+    #[arg(long, value_enum, default_value_t = FillArgument::Off, value_name = "MODE")]
+    pub(crate) fill: FillArgument,
+    /// Return only when the whole image is on this host; fetches at full rate
+    #[arg(long, value_enum, value_name = "FOR")]
+    pub(crate) wait: Option<WaitArgument>,
+    #[command(flatten)]
     pub(crate) registry: RegistryOptions,
     /// Print the device as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// How an image is started.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct StartArguments {
+    /// In which order to fetch before it is asked for: auto (the image's profile for --command, else its default, else what
+    /// this host recorded), none, a profile's name or digest, or the path of a trace (with a slash)
+    #[arg(long, value_name = "PROFILE", default_value = "auto")]
+    pub(crate) profile: String,
+    /// The command that is about to run, which chooses the profile. Takes all arguments that follow, up to a `;`: give it last
+    #[arg(long, value_name = "ARGV", num_args = 1.., allow_hyphen_values = true, value_terminator = ";")]
+    pub(crate) command: Vec<String>,
+    /// Read-ahead window of the device once the start is over; while a profile is followed it is that of the trace
+    /// (default: 128)
+    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(..=131_072))]
+    pub(crate) read_ahead_kb: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum FillArgument {
+    /// Only what is read, and what the profile says
+    Off,
+    /// The rest at a share of the link, when nobody waits
+    Idle,
+    /// The rest at full rate
+    Full,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum WaitArgument {
+    /// Until the whole image is on this host
+    Full,
+}
+
+/// `record start NAME`, `record stop NAME -o FILE`, or `record REF -o FILE -- COMMAND`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct Record {
+    #[command(subcommand)]
+    pub(crate) action: Option<RecordAction>,
+    #[command(flatten)]
+    pub(crate) run: RecordRun,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum RecordAction {
+    /// Record what is read from a device from now on
+    Start(RecordStart),
+    /// End the recording of a device and write its trace
+    Stop(RecordStop),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RecordStart {
+    /// The device's name, its mount point, or its path
+    pub(crate) target: String,
+    /// Read-ahead window of the device while it is recorded: 0 gives exactly what the program touches, 128 also what the
+    /// kernel asks for beyond that
+    #[arg(long, value_name = "KIB", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=131_072))]
+    pub(crate) read_ahead_kb: u32,
+    /// The command that is about to run, named in the trace (default: that of `add`). Takes all arguments that follow, up
+    /// to a `;`: give it last
+    #[arg(long, value_name = "ARGV", num_args = 1.., allow_hyphen_values = true, value_terminator = ";")]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RecordStop {
+    /// The device's name, its mount point, or its path
+    pub(crate) target: String,
+    /// Where to write the trace
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+}
+
+/// One recorded run of the image: attached, mounted below a writable layer in memory, run by runc, all of it gone after.
+#[derive(Debug, Args)]
+pub(crate) struct RecordRun {
+    /// The image: registry reference or oci:DIR[:TAG]
+    #[arg(required = true)]
+    pub(crate) reference: Option<String>,
+    /// Where to write the trace
+    #[arg(short, long, value_name = "FILE", required = true)]
+    pub(crate) output: Option<PathBuf>,
+    /// Ready when this URL (plain HTTP) answers with 200 to 399; the container has the host's network
+    #[arg(long, value_name = "URL", group = "readiness")]
+    pub(crate) ready_http: Option<String>,
+    /// Ready when this shell command, run on this host again and again, ends with 0; the container has the host's network
+    #[arg(long, value_name = "CMD", group = "readiness")]
+    pub(crate) ready_cmd: Option<String>,
+    /// Ready when the command has ended with 0; the default
+    #[arg(long, group = "readiness")]
+    pub(crate) ready_exit: bool,
+    /// Ready after this time
+    #[arg(long, value_name = "TIME", group = "readiness", value_parser = duration)]
+    pub(crate) period: Option<Duration>,
+    /// How long it may take until it is ready
+    #[arg(long, value_name = "TIME", default_value = "600s", value_parser = duration)]
+    pub(crate) timeout: Duration,
+    /// Read-ahead window while it is recorded: 0 gives exactly what the program touches, 128 also what the kernel asks for
+    /// beyond that
+    #[arg(long, value_name = "KIB", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=131_072))]
+    pub(crate) read_ahead_kb: u32,
+    /// The profile to follow meanwhile: see `add`
+    #[arg(long, value_name = "PROFILE", default_value = "none")]
+    pub(crate) profile: String,
+    /// How the device is served
+    #[arg(long, value_enum, default_value_t = TransportArgument::Auto)]
+    pub(crate) transport: TransportArgument,
+    #[command(flatten)]
+    pub(crate) registry: RegistryOptions,
+    /// Print the figures as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The command to run (default: the image's own)
+    #[arg(last = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ready {
+    /// The device's name, its mount point, or its path
+    pub(crate) target: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Fill {
+    /// The device's name, its mount point, or its path
+    pub(crate) target: String,
+    /// full fetches the rest at full rate and waits for it; idle fetches it when nobody waits, off ends a fill: these return
+    /// at once
+    #[arg(long, value_enum, default_value_t = FillArgument::Full)]
+    pub(crate) mode: FillArgument,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -218,6 +368,9 @@ pub(crate) struct MountHelper {
     /// The block device; without it, unmount
     #[arg(long)]
     pub(crate) device: Option<PathBuf>,
+    /// Read this many bytes from the start of the device into its page cache
+    #[arg(long, default_value_t = 0)]
+    pub(crate) warm_bytes: u64,
     /// Detach a mount that is in use
     #[arg(long)]
     pub(crate) detach: bool,

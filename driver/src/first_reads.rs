@@ -99,7 +99,6 @@ pub(crate) struct FirstReads {
     seen_blocks: AtomicU64,
     /// On the clock of the start.
     first_at_us: AtomicU64,
-    last_at_us: AtomicU64,
     /// Taken by requests that wait only.
     waiting: Mutex<Waiting>,
     /// What `waiting` says, for those who do not take it: since when, and how long before that.
@@ -124,7 +123,6 @@ impl FirstReads {
             stall_us: AtomicU64::new(0),
             seen_blocks: AtomicU64::new(0),
             first_at_us: AtomicU64::new(NEVER_US),
-            last_at_us: AtomicU64::new(NEVER_US),
             waiting: Mutex::default(),
             waiting_since_us: AtomicU64::new(NEVER_US),
             stood_still_us: AtomicU64::new(0),
@@ -152,7 +150,6 @@ impl FirstReads {
         if new_blocks > 0 {
             self.seen_blocks.fetch_add(new_blocks, Ordering::Relaxed);
             self.first_at_us.fetch_min(at_us, Ordering::Relaxed);
-            self.last_at_us.store(at_us, Ordering::Relaxed);
         }
         DeviceRead { is_first: new_blocks > 0, waiting: None }
     }
@@ -215,11 +212,6 @@ impl FirstReads {
         Some(self.first_at_us.load(Ordering::Relaxed)).filter(|at_us| *at_us != NEVER_US)
     }
 
-    /// The last one.
-    pub(crate) fn last_at_us(&self) -> Option<u64> {
-        Some(self.last_at_us.load(Ordering::Relaxed)).filter(|at_us| *at_us != NEVER_US)
-    }
-
     /// Whether a device block has been read.
     pub(crate) fn has_seen(&self, block: u32) -> bool {
         self.blocks.contains(&block) && !self.any_new(&(block..block + 1))
@@ -249,10 +241,6 @@ impl FirstReads {
 
     pub(crate) fn stop_recording(&self) {
         self.is_recording.store(false, Ordering::Release);
-    }
-
-    pub(crate) fn is_recording(&self) -> bool {
-        self.is_recording.load(Ordering::Acquire)
     }
 
     /// The oldest first read that was not taken yet.

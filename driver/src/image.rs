@@ -6,12 +6,14 @@
 //! profile that the image is started with. Otherwise [`ServedImage::demand`] parks the request: it returns at once, and the waiter
 //! runs later, on the engine's thread; after `Ok` the range is planned again.
 
+mod units;
+
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use ublkimg_image::{BLOCK_SIZE, ChunkIndex, DeviceMap, TAIL_BLOCKS, Target};
+use ublkimg_image::{BLOCK_SIZE, ChunkIndex, DeviceMap, Segment, TAIL_BLOCKS, Target};
 use ublkimg_scheduler::{BlobKey, ChunkKey, FillMode};
 
 use crate::counters::{ImageCounters, ImageStatistics};
@@ -20,6 +22,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::first_reads::{DeviceRead, FirstReads, Waited};
 use crate::hot::{HotMap, Withdrawn};
 use crate::store::BlobFile;
+
+pub(crate) use units::UnitKey;
 
 /// Bytes of a block: the unit of the device.
 pub const BLOCK_SIZE_BYTES: u32 = 4096;
@@ -242,8 +246,18 @@ impl ServedImage {
         self.first_reads.wait(read)
     }
 
+    /// Where device blocks come from.
+    pub(crate) fn segments(&self, start_block: u32, len_blocks: u32) -> impl Iterator<Item = Segment> + '_ {
+        self.map.segments(start_block, len_blocks)
+    }
+
+    /// Length of the metadata image, with which the device begins.
+    #[must_use]
+    pub fn metadata_bytes(&self) -> u64 {
+        offset_of(self.map.metadata_blocks())
+    }
+
     /// What was read so far, and how that went.
-    #[allow(dead_code, reason = "the recorder is being written")]
     pub(crate) fn first_reads(&self) -> &FirstReads {
         &self.first_reads
     }

@@ -8,7 +8,7 @@ pub mod device;
 pub mod engine;
 pub mod error;
 mod fetch;
-#[allow(dead_code, reason = "the recorder is being written")]
+mod figures;
 pub mod first_reads;
 #[cfg(test)]
 mod fixture;
@@ -21,6 +21,7 @@ pub mod namespace;
 mod profile_fixture;
 #[cfg(test)]
 mod profile_tests;
+mod recorder;
 pub mod store;
 #[cfg(test)]
 mod tests;

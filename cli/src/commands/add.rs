@@ -7,14 +7,16 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use ublkimg_driver::daemon::protocol::{AddRequest, Answer, DeviceStatus, Request};
+use ublkimg_driver::daemon::protocol::{
+    AddRequest, Answer, DeviceStatus, FillMode, ProfileRequest, Request, StartOptions,
+};
 use ublkimg_driver::daemon::{Directories, client};
 use ublkimg_driver::device::Transport;
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_driver::mounts;
 
-use super::{daemon, mount_helper};
-use crate::args::{Add, Global, TransportArgument};
+use super::{daemon, fill, mount_helper};
+use crate::args::{Add, FillArgument, Global, TransportArgument};
 use crate::output;
 
 /// A mount reads the superblock and the root, which are in the store: more time than this means that something hangs.
@@ -32,26 +34,43 @@ struct Added<'a> {
 }
 
 pub(super) fn run(global: &Global, command: &Add) -> anyhow::Result<()> {
-    let deadline = Instant::now() + command.timeout;
     let directories = super::directories(global)?;
-    let request = Request::Add(add_request(command)?);
+    let (device, mount) =
+        attach(global, &directories, add_request(command)?, command.mount.as_deref(), command.timeout)?;
+    if command.wait.is_some() {
+        fill::wait(&directories, &device.name)?;
+    }
+    print(command.json, &device, mount.as_deref())
+}
+
+/// Attaches an image, starting the daemon if there is none, and mounts it. A device that this made is taken back when it
+/// cannot be mounted.
+pub(super) fn attach(
+    global: &Global,
+    directories: &Directories,
+    request: AddRequest,
+    directory: Option<&Path>,
+    timeout: Duration,
+) -> anyhow::Result<(DeviceStatus, Option<PathBuf>)> {
+    let deadline = Instant::now() + timeout;
+    let is_auto = request.transport == Transport::Auto;
     let executable = std::env::current_exe()?;
-    let daemon = || daemon::background(&executable, global, &directories);
-    let answer = client::ask_or_start(&directories, daemon, &request, command.timeout + client::ANSWER_MARGIN)?;
+    let daemon = || daemon::background(&executable, global, directories);
+    let answer = client::ask_or_start(directories, daemon, &Request::Add(request), timeout + client::ANSWER_MARGIN)?;
     let Answer::Added { device, created } = answer else { return Err(super::unexpected(&answer)) };
-    if matches!(command.transport, TransportArgument::Auto) && device.transport == Transport::Fuse {
+    if is_auto && device.transport == Transport::Fuse {
         eprintln!(
             "ublkimg: no ublk here (see `ublkimg doctor`): served by a FUSE file, which does not survive a crash of the daemon"
         );
     }
     let remaining = deadline.saturating_duration_since(Instant::now()).max(MOUNT_MIN_TIMEOUT);
-    let mount = command.mount.as_deref().map(|directory| mount_at(&directories, &device, directory, remaining));
+    let mount = directory.map(|directory| mount_at(directories, &device, directory, remaining));
     match mount.transpose() {
-        Ok(mount) => print(command.json, &device, mount.as_deref()),
+        Ok(mount) => Ok((*device, mount)),
         Err(error) => {
             if created {
                 let remove = Request::Remove { name: device.name, force: true };
-                let _ = client::ask(&directories, &remove, client::ANSWER_MARGIN);
+                let _ = client::ask(directories, &remove, client::ANSWER_MARGIN);
             }
             Err(error)
         }
@@ -62,19 +81,56 @@ fn add_request(command: &Add) -> anyhow::Result<AddRequest> {
     Ok(AddRequest {
         reference: super::location(&command.reference)?.to_string(),
         name: command.name.clone(),
-        transport: match command.transport {
-            TransportArgument::Auto => Transport::Auto,
-            TransportArgument::Ublk => Transport::Ublk,
-            TransportArgument::Fuse => Transport::Fuse,
-        },
+        transport: transport(command.transport),
         plain_http: command.registry.plain_http,
         auth_file: command.registry.auth_file.as_deref().map(super::absolute).transpose()?,
         attach_timeout_ms: milliseconds(command.timeout),
         read_timeout_ms: milliseconds(command.read_timeout),
+        start: StartOptions {
+            profile: profile(&command.start.profile)?,
+            command: command.start.command.clone(),
+            record: !command.no_record,
+            read_ahead_kb: command.start.read_ahead_kb,
+            fill: if command.wait.is_some() { FillMode::Full } else { fill_mode(command.fill) },
+        },
     })
 }
 
-fn milliseconds(time: Duration) -> u64 {
+pub(super) fn transport(argument: TransportArgument) -> Transport {
+    match argument {
+        TransportArgument::Auto => Transport::Auto,
+        TransportArgument::Ublk => Transport::Ublk,
+        TransportArgument::Fuse => Transport::Fuse,
+    }
+}
+
+pub(super) fn fill_mode(argument: FillArgument) -> FillMode {
+    match argument {
+        FillArgument::Off => FillMode::Off,
+        FillArgument::Idle => FillMode::Idle,
+        FillArgument::Full => FillMode::Full,
+    }
+}
+
+/// Names of profiles have no slash, so what has one is a file.
+pub(super) fn profile(text: &str) -> anyhow::Result<ProfileRequest> {
+    Ok(match text {
+        "auto" => ProfileRequest::Auto,
+        "none" => ProfileRequest::None,
+        _ if text.contains('/') => {
+            let path = Path::new(text);
+            // Here and not in the daemon, so that it is said at once.
+            std::fs::metadata(path).map_err(|error| match error.kind() {
+                std::io::ErrorKind::NotFound => Error::caused(ErrorKind::NotFound, format!("no trace {text}"), error),
+                _ => Error::io(format!("cannot read {text}"), error),
+            })?;
+            ProfileRequest::File(super::absolute(path)?)
+        }
+        _ => ProfileRequest::Named(text.to_owned()),
+    })
+}
+
+pub(super) fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -106,7 +162,7 @@ fn mount_once(
             let text = format!("{} is a mount point already: unmount it or choose another", directory.display());
             return Err(Error::new(ErrorKind::Busy, text).into());
         }
-        None => mount_helper::mount(&device.device, directory, timeout)?,
+        None => mount_helper::mount(&device.device, device.metadata_bytes, directory, timeout)?,
     }
     let request = Request::Mounted { name: device.name.clone(), directory: PathBuf::from(directory) };
     if let Err(error) = client::ask(directories, &request, client::ANSWER_MARGIN) {

@@ -5,10 +5,13 @@ mod convert;
 mod daemon;
 mod docs;
 mod doctor;
+mod fill;
 mod inspect;
 mod ls;
 mod mount_helper;
 mod optimize;
+mod ready;
+mod record;
 mod rm;
 mod status;
 mod trace;
@@ -32,6 +35,9 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Rm(command) => rm::run(global, &command),
         Command::Ls(command) => ls::run(global, &command),
         Command::Status(command) => status::run(global, &command),
+        Command::Record(command) => record::run(global, &command),
+        Command::Ready(command) => ready::run(global, &command),
+        Command::Fill(command) => fill::run(global, &command),
         Command::Inspect(command) => inspect::run(&command),
         Command::Optimize(command) => optimize::run(&command),
         Command::Trace(command) => trace::run(&command),

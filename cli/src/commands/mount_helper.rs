@@ -16,7 +16,13 @@ const POLL: Duration = Duration::from_millis(2);
 
 pub(super) fn run(command: &MountHelper) -> anyhow::Result<()> {
     match &command.device {
-        Some(device) => mounts::mount_erofs(device, &command.directory)?,
+        Some(device) => {
+            mounts::mount_erofs(device, &command.directory)?;
+            // The mount works without it.
+            if let Err(error) = mounts::warm(device, command.warm_bytes) {
+                tracing::warn!("the metadata is not read ahead: {}", error.chain());
+            }
+        }
         None if command.detach => mounts::detach(&command.directory)?,
         None => mounts::unmount(&command.directory)?,
     }
@@ -24,9 +30,12 @@ pub(super) fn run(command: &MountHelper) -> anyhow::Result<()> {
 }
 
 /// Mounts `device` at `directory` in this process's mount namespace, within `timeout`.
-pub(super) fn mount(device: &Path, directory: &Path, timeout: Duration) -> anyhow::Result<()> {
+/// The first `metadata_bytes` of the device are then in the page cache.
+pub(super) fn mount(device: &Path, metadata_bytes: u64, directory: &Path, timeout: Duration) -> anyhow::Result<()> {
     let what = format!("mounting {} at {}", device.display(), directory.display());
-    help([OsStr::new("--device"), device.as_os_str(), directory.as_os_str()], &what, timeout)
+    let warm_bytes = metadata_bytes.to_string();
+    let options = ["--device".as_ref(), device.as_os_str(), "--warm-bytes".as_ref(), OsStr::new(&warm_bytes)];
+    help(options.into_iter().chain([directory.as_os_str()]), &what, timeout)
 }
 
 /// Unmounts `directory`, within `timeout`; with `detach` also when it is in use.

@@ -1,7 +1,8 @@
 //! `ublkimg status`: one device in detail.
 
-use ublkimg_driver::daemon::Directories;
-use ublkimg_driver::daemon::protocol::DeviceStatus;
+use serde::Serialize;
+use ublkimg_driver::daemon::protocol::{Answer, DeviceStatus, FillMode, Request, StartFigures};
+use ublkimg_driver::daemon::{Directories, client};
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_driver::mounts;
 
@@ -9,11 +10,20 @@ use super::ls;
 use crate::args::{Global, Status};
 use crate::output;
 
+/// What `status --json` prints.
+#[derive(Serialize)]
+struct Detail<'a> {
+    #[serde(flatten)]
+    device: &'a DeviceStatus,
+    start: &'a StartFigures,
+}
+
 pub(super) fn run(global: &Global, command: &Status) -> anyhow::Result<()> {
     let directories = super::directories(global)?;
     let device = find(&directories, &command.target)?;
+    let start = figures(&directories, &device.name)?;
     if command.json {
-        return output::json(&device);
+        return output::json(&Detail { device: &device, start: &start });
     }
     let counters = &device.counters;
     let mounts: Vec<String> = device.mounts.iter().map(|path| path.display().to_string()).collect();
@@ -37,7 +47,74 @@ pub(super) fn run(global: &Global, command: &Status) -> anyhow::Result<()> {
     ] {
         output::line(format!("{label:22}{value}").trim_end())?;
     }
+    print_start(&start)
+}
+
+/// What is known of the start of a device.
+pub(super) fn figures(directories: &Directories, name: &str) -> anyhow::Result<StartFigures> {
+    let request = Request::Figures { name: name.to_owned() };
+    match client::ask(directories, &request, client::ANSWER_MARGIN)? {
+        Some(Answer::Figures(figures)) => Ok(*figures),
+        Some(answer) => Err(super::unexpected(&answer)),
+        None => Err(Error::new(ErrorKind::NotFound, format!("no device {name}: the daemon has ended")).into()),
+    }
+}
+
+/// Prints what is known of a start, one figure a line.
+pub(super) fn print_start(start: &StartFigures) -> anyhow::Result<()> {
+    let reads = &start.first_reads;
+    let profile = start.profile.as_ref().map_or_else(
+        || "none".to_owned(),
+        |profile| {
+            let hot = if profile.has_hot_blob { ", with its hot blob" } else { "" };
+            let end = if profile.is_used_up { ", used up" } else { "" };
+            format!("{} ({} blocks{hot}{end})", profile.source, profile.blocks)
+        },
+    );
+    let bound = start.bound.map_or_else(
+        || "unknown: no trace of this start, or nothing fetched yet".to_owned(),
+        |bound| {
+            let ratio = bound.ratio.map_or_else(String::new, |ratio| format!(", ready at {ratio:.2} times that"));
+            let link = output::bytes(bound.bandwidth_bytes_per_s);
+            let round_trip = milliseconds(bound.round_trip_us);
+            format!("{} for {link}/s and {round_trip}{ratio}", milliseconds(bound.bound_us))
+        },
+    );
+    let recording = match (&start.recording.trace, start.recording.is_running) {
+        (_, true) => format!("under way, {} entries", start.recording.entries),
+        (Some(path), false) => format!("{} entries in {}", start.recording.entries, path.display()),
+        (None, false) => "none".to_owned(),
+    };
+    let (present, total) = (output::bytes(start.fill.present_bytes), output::bytes(start.fill.total_bytes));
+    for (label, value) in [
+        ("time to ready", start.ready_us.map_or_else(|| "not ready yet".to_owned(), milliseconds)),
+        ("lower bound", bound),
+        ("first reads", format!("{} hits, {} late hits, {} misses", reads.hits, reads.late_hits, reads.misses)),
+        ("stall", milliseconds(reads.stall_us)),
+        ("demand", format!("{} requests ({})", start.demand_requests, output::bytes(start.demand_bytes))),
+        ("prefetch", format!("{} requests ({})", start.prefetch_requests, output::bytes(start.prefetch_bytes))),
+        ("prefetched, not read", output::bytes(start.waste_bytes)),
+        ("fetched twice", format!("{} chunks", start.duplicates)),
+        ("profile", profile),
+        ("read-ahead", format!("{} KiB", start.read_ahead_kb)),
+        ("recording", recording),
+        ("fill", format!("{}, {present} of {total}", fill_name(start.fill.mode))),
+    ] {
+        output::line(format!("{label:22}{value}").trim_end())?;
+    }
     Ok(())
+}
+
+fn fill_name(mode: FillMode) -> &'static str {
+    match mode {
+        FillMode::Off => "off",
+        FillMode::Idle => "idle",
+        FillMode::Full => "full",
+    }
+}
+
+fn milliseconds(us: u64) -> String {
+    format!("{}.{} ms", us / 1000, us % 1000 / 100)
 }
 
 /// The device that `target` names: by its name, its path, or a mount point of it. What is mounted there now, in this mount

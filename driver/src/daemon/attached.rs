@@ -7,6 +7,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::protocol::DeviceStatus;
+use super::start::Starting;
 use super::state::DeviceRecord;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -17,11 +18,13 @@ pub(super) struct Attached {
     pub(super) record: DeviceRecord,
     pub(super) device: Device,
     pub(super) image: Arc<ServedImage>,
+    pub(super) start: Starting,
 }
 
 impl Attached {
     /// As `ls` and `status` show it.
     pub(super) fn status(&self) -> DeviceStatus {
+        let (stored_bytes, layer_bytes) = self.image.stored_bytes();
         DeviceStatus {
             name: self.record.name.clone(),
             reference: self.record.reference.clone(),
@@ -31,7 +34,9 @@ impl Attached {
             mounts: self.record.mounts.clone(),
             size_bytes: u64::from(self.image.total_blocks()) * u64::from(BLOCK_SIZE_BYTES),
             counters: self.image.statistics(),
-            stored_bytes: self.image.stored_bytes().0,
+            stored_bytes,
+            layer_bytes,
+            metadata_bytes: self.image.metadata_bytes(),
         }
     }
 }

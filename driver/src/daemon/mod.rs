@@ -20,8 +20,10 @@ mod listener;
 mod locks;
 mod names;
 pub mod protocol;
+mod recording;
 mod recovery;
 mod server;
+mod start;
 pub mod state;
 
 pub use server::{ServerOptions, run_server};

@@ -9,9 +9,11 @@ use serde::{Deserialize, Serialize};
 use crate::counters::ImageStatistics;
 use crate::device::Transport;
 use crate::error::ErrorKind;
+pub use crate::figures::{BoundFigures, FillFigures, RecordingFigures, StartFigures};
 
-/// A request line may have this many bytes: a few paths of at most 4 KiB each and the names around them.
-pub const REQUEST_MAX_BYTES: usize = 64 << 10;
+/// A request line may have this many bytes: a command of 128 KiB, each byte escaped, a few paths of at most 4 KiB each and
+/// the names around them.
+pub const REQUEST_MAX_BYTES: usize = 1 << 20;
 
 /// An answer line may have this many bytes: `ls` of the kernel's largest number of devices, a few KiB each.
 pub const ANSWER_MAX_BYTES: usize = 16 << 20;
@@ -40,6 +42,37 @@ pub enum Request {
     },
     /// All devices.
     List,
+    /// What the start of a device took, as far as it is known.
+    Figures {
+        /// The device's name.
+        name: String,
+    },
+    /// Record first reads from now on, in place of the recording under way.
+    RecordStart {
+        /// The device's name.
+        name: String,
+        /// The command that is about to run; empty for that of `add`.
+        command: Vec<String>,
+        /// The device's read-ahead window while it is recorded.
+        read_ahead_kb: u32,
+    },
+    /// End the recording.
+    RecordStop {
+        /// The device's name.
+        name: String,
+    },
+    /// The program that runs from the device is ready: its start is over.
+    Ready {
+        /// The device's name.
+        name: String,
+    },
+    /// Fetch what nobody has asked for.
+    Fill {
+        /// The device's name.
+        name: String,
+        /// How hard.
+        mode: FillMode,
+    },
     /// End the server. Refused while it has devices, unless they are to be left for the next server.
     Stop {
         /// Leave the devices in the kernel: readers wait until a server takes them back.
@@ -65,6 +98,52 @@ pub struct AddRequest {
     pub attach_timeout_ms: u64,
     /// How long a read may wait for the registry before it fails with EIO.
     pub read_timeout_ms: u64,
+    /// How the image is started.
+    pub start: StartOptions,
+}
+
+/// How an image is started: what is fetched before it is asked for, and what is kept of the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartOptions {
+    /// The order in which to fetch.
+    pub profile: ProfileRequest,
+    /// The command that is about to run, which chooses the profile; empty if unknown.
+    pub command: Vec<String>,
+    /// Whether the first run is recorded when no published profile is followed.
+    pub record: bool,
+    /// The read-ahead window once the start is over; default: the kernel's.
+    pub read_ahead_kb: Option<u32>,
+    /// What to fetch once the start is over.
+    pub fill: FillMode,
+}
+
+/// Where the order comes from in which a start is fetched.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProfileRequest {
+    /// The image's profile for the command, else the image's default, else what this host recorded, else none.
+    #[default]
+    Auto,
+    /// None.
+    None,
+    /// The image's profile with this name, or with this digest (`sha256:...`).
+    Named(String),
+    /// The trace in a file: an order only.
+    File(PathBuf),
+}
+
+/// How hard to fetch what nobody has asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FillMode {
+    /// Not at all.
+    #[default]
+    Off,
+    /// At a share of the link, when nobody waits.
+    Idle,
+    /// At full rate.
+    Full,
 }
 
 /// What the server answers.
@@ -85,6 +164,19 @@ pub enum Answer {
     },
     /// To [`Request::List`].
     Devices(Vec<DeviceStatus>),
+    /// To [`Request::Figures`].
+    Figures(Box<StartFigures>),
+    /// To [`Request::RecordStop`].
+    Recorded {
+        /// The trace, one zstd frame, in the store: to be copied.
+        path: PathBuf,
+        /// First reads in it.
+        entries: u64,
+        /// Blocks in it.
+        blocks: u64,
+        /// First reads that are missing in it because there was no room.
+        lost: u64,
+    },
     /// To requests that return nothing.
     Done,
     /// To any request that failed.
@@ -121,4 +213,8 @@ pub struct DeviceStatus {
     pub counters: ImageStatistics,
     /// Bytes of its layers that are in the store.
     pub stored_bytes: u64,
+    /// Bytes of its layers.
+    pub layer_bytes: u64,
+    /// Bytes of its metadata, with which the device begins.
+    pub metadata_bytes: u64,
 }

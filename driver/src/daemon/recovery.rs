@@ -23,7 +23,7 @@ use ublkimg_registry::Digest;
 
 use super::attached::Attached;
 use super::guard::process_lives;
-use super::server::{Server, blocking, options, parse_location};
+use super::server::{Server, blocking, options, parse_location, starting};
 use super::state::DeviceRecord;
 use crate::attach::reopen;
 use crate::device::ublk::{self, DeviceState};
@@ -111,10 +111,14 @@ async fn recover_one(server: &Arc<Server>, record: DeviceRecord) -> Result<bool>
     let bad_record = |error| Error::caused(ErrorKind::Corrupt, format!("record of {}", record.name), error);
     let manifest: Digest = record.manifest.parse().map_err(bad_record)?;
     let profile = record.profile.as_ref();
-    let image = reopen(&server.store, &server.engine, &location, manifest, profile, &options).await?.image;
+    let loaded = reopen(&server.store, &server.engine, &location, manifest, profile, &options).await?;
+    // It has begun before: nothing is recorded any more.
+    let mut start = starting(&loaded, &record);
+    let image = loaded.image;
     let served = Arc::clone(&image);
     let device = blocking(move || Prepared::recover(served, id)?.start()).await?;
-    server.attached.lock().insert(record.name.clone(), Attached { record, device, image });
+    start.give_window(&record.name, device.path());
+    server.attached.lock().insert(record.name.clone(), Attached { record, device, image, start });
     Ok(true)
 }
 

@@ -13,19 +13,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use ublkimg_registry::{ClientOptions, Location};
+use ublkimg_image::Sha256;
+use ublkimg_registry::profile::ProfileChoice;
+use ublkimg_registry::{ClientOptions, Digest, Location};
 
 use super::attached::{Attached, check_unused};
 use super::listener::Reply;
 use super::locks::NameLocks;
-use super::protocol::{AddRequest, Answer, Fault, Request};
+use super::protocol::{AddRequest, Answer, Fault, ProfileRequest, Request};
+use super::recording::finish_all;
+use super::start::Starting;
 use super::state::{DeviceRecord, Records, boot_id};
 use super::{Directories, listener, names, recovery};
-use crate::attach::{AttachOptions, attach};
+use crate::attach::{AttachOptions, LoadedImage, ProfileSource, attach};
 use crate::device::Prepared;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::ServedImage;
+use crate::recorder::recover_logs;
 use crate::store::Store;
 use crate::{kernel, namespace};
 
@@ -93,17 +97,22 @@ pub(super) struct Server {
 
 impl Server {
     async fn run(self: Arc<Self>) -> Result<()> {
+        recover_logs(&self.store)?;
         recovery::recover(&self).await?;
         let listener = listener::bind(&self.directories.socket())?;
         let handler = Arc::clone(&self);
         let terminated = terminated()?;
+        let watching = tokio::spawn(Arc::clone(&self).watch_read_ahead());
         tracing::info!(socket = %self.directories.socket().display(), "serving");
         tokio::select! {
             () = listener::serve(listener, move |request| Arc::clone(&handler).handle(request)) => {}
             () = terminated => {}
         }
         let _ = std::fs::remove_file(self.directories.socket());
-        for (name, attached) in std::mem::take(&mut *self.attached.lock()) {
+        watching.abort();
+        let mut attached = std::mem::take(&mut *self.attached.lock());
+        finish_all(&mut attached);
+        for (name, attached) in attached {
             tracing::warn!(device = name, "left to the next server");
             attached.device.abandon();
         }
@@ -130,6 +139,16 @@ impl Server {
             Request::Remove { name, force } => {
                 flatten(tokio::spawn(async move { self.remove(&name, force).await }).await).map(|()| Answer::Done)
             }
+            Request::Figures { name } => self.figures(&name).await,
+            Request::RecordStart { name, command, read_ahead_kb } => {
+                let start = async move { self.record_start(&name, command, read_ahead_kb).await };
+                flatten(tokio::spawn(start).await).map(|()| Answer::Done)
+            }
+            Request::RecordStop { name } => flatten(tokio::spawn(async move { self.record_stop(&name).await }).await),
+            Request::Ready { name } => {
+                flatten(tokio::spawn(async move { self.ready(&name).await }).await).map(|()| Answer::Done)
+            }
+            Request::Fill { name, mode } => self.fill(&name, mode).map(|()| Answer::Done),
             Request::List => Ok(Answer::Devices(self.attached.lock().values().map(Attached::status).collect())),
             Request::Stop { keep_devices } => self.stop(keep_devices).map(|()| Answer::Done),
         };
@@ -159,6 +178,8 @@ impl Server {
         let location: Location = parse_location(&request.reference)?;
         let mut options = options(request.plain_http, request.auth_file.clone(), request.read_timeout_ms);
         options.attach_deadline = Duration::from_millis(request.attach_timeout_ms);
+        options.profile = source(&request.start.profile)?;
+        options.command = command(&request.start.command);
         let loaded = attach(&self.store, &self.engine, &location, &options).await?;
         let record = DeviceRecord {
             name,
@@ -169,25 +190,31 @@ impl Server {
             plain_http: request.plain_http,
             auth_file: request.auth_file,
             read_timeout_ms: request.read_timeout_ms,
-            profile: loaded.profile.map(|profile| profile.kept),
+            profile: loaded.profile.as_ref().map(|profile| profile.kept.clone()),
+            start: request.start,
             mounts: Vec::new(),
             boot_id: self.boot_id.clone(),
         };
         let server = Arc::clone(&self);
-        let attached = blocking(move || server.start(loaded.image, record)).await?;
+        let attached = blocking(move || server.start(loaded, record)).await?;
         let device = Box::new(attached.status());
         self.attached.lock().insert(device.name.clone(), attached);
         Ok(Answer::Added { device, created: true })
     }
 
     /// Makes the device: record first, so that a server that dies here is succeeded by one that knows of it.
-    fn start(&self, image: Arc<ServedImage>, mut record: DeviceRecord) -> Result<Attached> {
+    fn start(&self, loaded: LoadedImage, mut record: DeviceRecord) -> Result<Attached> {
+        let mut start = starting(&loaded, &record);
+        let image = loaded.image;
         let fuse_directory = self.directories.fuse().join(&record.name);
         let prepared = Prepared::new(record.transport, Arc::clone(&image), &fuse_directory)?;
         record.ublk_id = prepared.ublk_id();
         self.records.write(&record)?;
         match prepared.start() {
-            Ok(device) => Ok(Attached { record, device, image }),
+            Ok(device) => {
+                start.begin(&self.store, &record.name, device.path());
+                Ok(Attached { record, device, image, start })
+            }
             Err(error) => {
                 if let Err(error) = self.records.remove(&record.name) {
                     tracing::warn!("{}", error.chain());
@@ -224,8 +251,14 @@ impl Server {
     }
 
     fn stop_device(&self, attached: Attached, force: bool) -> Result<()> {
-        let Attached { record, device, image } = attached;
+        let Attached { record, device, image, mut start } = attached;
         let stopped = device.stop();
+        if let Some(recorder) = start.take_recorder()
+            && let Err(error) = recorder.stop()
+        {
+            tracing::warn!(device = record.name, "{}", error.chain());
+        }
+        drop(start);
         drop(image);
         self.keep_links();
         // There for the FUSE transport only, and empty unless its mount is held.
@@ -268,6 +301,29 @@ impl Server {
     }
 }
 
+/// Where the profile comes from that a request asks for.
+fn source(request: &ProfileRequest) -> Result<ProfileSource> {
+    let bad = |error| Error::caused(ErrorKind::Invalid, "profile", error);
+    Ok(match request {
+        ProfileRequest::Auto => ProfileSource::Published(ProfileChoice::Auto),
+        ProfileRequest::None => ProfileSource::Published(ProfileChoice::None),
+        ProfileRequest::Named(name) => ProfileSource::Published(name.parse().map_err(bad)?),
+        ProfileRequest::File(path) => ProfileSource::File(path.clone()),
+    })
+}
+
+/// The digest that chooses a profile; none for a command that is not known.
+fn command(argv: &[String]) -> Option<Digest> {
+    (!argv.is_empty()).then(|| Digest(ublkimg_image::trace::command_digest(argv).0))
+}
+
+/// The start of what was loaded.
+pub(super) fn starting(loaded: &LoadedImage, record: &DeviceRecord) -> Starting {
+    let layers = loaded.manifest.layers.iter().map(|layer| Sha256(layer.digest.0)).collect();
+    let manifest = Sha256(loaded.manifest_digest.0);
+    Starting::new(Arc::clone(&loaded.image), manifest, layers, record.start.clone(), loaded.profile.clone())
+}
+
 /// The location that a request or a record names.
 pub(super) fn parse_location(text: &str) -> Result<Location> {
     text.parse().map_err(|error| Error::caused(ErrorKind::Invalid, format!("{text:?} is no reference"), error))
@@ -291,7 +347,7 @@ fn flatten<T>(joined: std::result::Result<Result<T>, tokio::task::JoinError>) ->
     joined.unwrap_or_else(|error| Err(Error::caused(ErrorKind::Internal, "a task of the daemon died", error)))
 }
 
-fn no_device(name: &str) -> Error {
+pub(super) fn no_device(name: &str) -> Error {
     Error::new(ErrorKind::NotFound, format!("no device {name}"))
 }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::protocol::StartOptions;
 use crate::attach::KeptProfile;
 use crate::device::Transport;
 use crate::error::{Error, ErrorKind, Result};
@@ -40,6 +41,9 @@ pub struct DeviceRecord {
     /// What it was started with. Records of version 0.1.0 lack it.
     #[serde(default)]
     pub profile: Option<KeptProfile>,
+    /// See [`super::protocol::AddRequest::start`]. Records of version 0.1.0 lack it.
+    #[serde(default)]
+    pub start: StartOptions,
     /// Mount points made by `add --mount`.
     pub mounts: Vec<PathBuf>,
     /// The boot in which the device was made: after a reboot it is gone and must be made anew.
@@ -163,6 +167,7 @@ mod tests {
             auth_file: None,
             read_timeout_ms: 300_000,
             profile: None,
+            start: StartOptions::default(),
             mounts: vec!["/mnt/a".into()],
             boot_id: "b".into(),
         }

@@ -13,6 +13,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::read_ahead::{self, READ_AHEAD_DEFAULT_KB};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::BLOCK_SIZE_BYTES;
 
@@ -26,10 +27,6 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 const LOOP_CTL_GET_FREE: c_ulong = 0x4c82;
 const LOOP_CONFIGURE: c_ulong = 0x4c0a;
 const LOOP_CLR_FD: c_ulong = 0x4c01;
-/// `BLKRASET`: the read-ahead window, in sectors of 512 bytes.
-const BLKRASET: c_ulong = 0x1262;
-/// 128 KiB. What the kernel chooses depends on its version and on who used the loop device before.
-const READ_AHEAD_SECTORS: c_ulong = 256;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
@@ -154,9 +151,8 @@ impl LoopDevice {
     }
 
     fn set_read_ahead(&self) {
-        // SAFETY: the command takes a number, not a pointer.
-        if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKRASET, READ_AHEAD_SECTORS) } < 0 {
-            let error = io::Error::last_os_error();
+        // What the kernel chooses depends on its version and on who used the loop device before.
+        if let Err(error) = read_ahead::set_open(&self.file, READ_AHEAD_DEFAULT_KB) {
             tracing::warn!(device = %self.path.display(), %error, "the read-ahead window stays as it is");
         }
     }

@@ -21,11 +21,13 @@ mod completion;
 pub mod fuse;
 mod fuse_file;
 pub(crate) mod loop_device;
+mod read_ahead;
 pub mod ublk;
 pub(crate) mod ublk_control;
 mod ublk_queue;
 
 pub use fuse::{FuseDevice, PreparedFuse};
+pub use read_ahead::{READ_AHEAD_DEFAULT_KB, READ_AHEAD_MAX_KB, set_read_ahead};
 pub use ublk::{PreparedUblk, UblkDevice};
 
 /// How the bytes of an image get into the kernel.

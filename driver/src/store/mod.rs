@@ -13,7 +13,6 @@ mod links;
 mod objects;
 #[cfg(test)]
 mod tests;
-#[allow(dead_code, reason = "the recorder is being written")]
 mod traces;
 
 use std::collections::BTreeMap;

@@ -31,7 +31,7 @@ impl Store {
     /// # Errors
     /// `Io` and `NoSpace`.
     pub fn put_host_trace(&self, manifest: Sha256, command: Sha256, stored: &[u8]) -> Result<PathBuf> {
-        let path = self.trace_path(manifest, command);
+        let path = self.host_trace_path(manifest, command);
         replace_file(&path, true, |file| file.write_all(stored))?;
         self.drop_old_traces()?;
         Ok(path)
@@ -42,7 +42,7 @@ impl Store {
     /// # Errors
     /// `Io`.
     pub fn host_trace(&self, manifest: Sha256, command: Sha256) -> Result<Option<Vec<u8>>> {
-        let path = self.trace_path(manifest, command);
+        let path = self.host_trace_path(manifest, command);
         let Some(file) = open_if_there(&path)? else { return Ok(None) };
         let failed = |error| Error::path("read", &path, error);
         if file.metadata().map_err(failed)?.len() > TRACE_BYTES_MAX {
@@ -61,7 +61,9 @@ impl Store {
         self.list_traces(LOG)
     }
 
-    fn trace_path(&self, manifest: Sha256, command: Sha256) -> PathBuf {
+    /// Where [`Store::put_host_trace`] puts it.
+    #[must_use]
+    pub fn host_trace_path(&self, manifest: Sha256, command: Sha256) -> PathBuf {
         self.layout.traces().join(format!("{}-{}.{TRACE}", manifest.hex(), command.hex()))
     }
 
@@ -120,7 +122,7 @@ mod tests {
         let store = Store::open(root.path()).unwrap();
         let command = Sha256([0; 32]);
         for number in 0..TRACES_MAX + 3 {
-            fs::write(store.trace_path(Sha256::of(&number.to_le_bytes()), command), b"x").unwrap();
+            fs::write(store.host_trace_path(Sha256::of(&number.to_le_bytes()), command), b"x").unwrap();
         }
         store.put_host_trace(Sha256([9; 32]), command, b"last").unwrap();
         assert_eq!(store.list_traces(TRACE).unwrap().len(), TRACES_MAX);
