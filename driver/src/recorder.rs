@@ -149,6 +149,11 @@ impl Recorder {
         !self.shared.has_ended.load(Ordering::Acquire)
     }
 
+    /// Has it look at the queue now and not only when it next would.
+    pub(crate) fn nudge(&self) {
+        self.thread.thread().unpark();
+    }
+
     /// Entries so far.
     pub(crate) fn entries(&self) -> u64 {
         self.shared.entries.load(Ordering::Relaxed)

@@ -15,6 +15,9 @@ use crate::recorder::{Recorded, Recorder, Replace};
 /// How often it is looked whether a start has passed the end of its profile.
 const READ_AHEAD_POLL: Duration = Duration::from_millis(500);
 
+/// A recorder that is asked for what was read just now has written it after this time, more likely than not.
+const NUDGE: Duration = Duration::from_millis(20);
+
 impl Server {
     /// Ends the recording under way, if any, and starts one of what is read from now on.
     pub(super) async fn record_start(
@@ -79,6 +82,9 @@ impl Server {
     }
 
     pub(super) async fn figures(self: Arc<Self>, name: &str) -> Result<Answer> {
+        if self.with_device(name, |attached| attached.start.nudge_recorder())? {
+            tokio::time::sleep(NUDGE).await;
+        }
         let is_recorded = self.with_device(name, |attached| attached.start.is_recorded())?;
         let log = self.store.recording_log(name);
         let running = if is_recorded { blocking(move || Ok(running_trace(&log))).await? } else { None };

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ublkimg_image::Sha256;
-use ublkimg_image::trace::Trace;
+use ublkimg_image::trace::{Trace, TraceEntry, TraceLog};
 
 use super::protocol::{FillMode, StartOptions};
 use crate::attach::LoadedProfile;
@@ -162,6 +162,11 @@ impl Starting {
         !self.end_blocks.is_empty() && 2 * read >= self.end_blocks.len()
     }
 
+    /// Has the recording catch up with the reads; false without one.
+    pub(super) fn nudge_recorder(&self) -> bool {
+        self.recorder.as_ref().inspect(|recorder| recorder.nudge()).is_some()
+    }
+
     /// Whether a recording is under way.
     pub(super) fn is_recorded(&self) -> bool {
         self.recorder.as_ref().is_some_and(Recorder::is_running)
@@ -254,12 +259,13 @@ fn of_scheduler(mode: FillMode) -> ublkimg_scheduler::FillMode {
 /// The log of a recording under way, as far as it is written.
 pub(super) fn running_trace(log: &Path) -> Option<Trace> {
     let bytes = std::fs::read(log).ok()?;
-    ublkimg_image::trace::TraceLog::decode(&bytes).and_then(ublkimg_image::trace::TraceLog::into_trace).ok()
+    let trace = TraceLog::decode(&bytes).and_then(TraceLog::into_trace).ok()?;
+    (!trace.entries.is_empty()).then_some(trace)
 }
 
 fn end_blocks(image: &ServedImage, layers: &[Sha256], trace: &Trace) -> Vec<u32> {
     let entries = trace.entries.iter().rev().take(END_ENTRIES);
-    let device_block = |entry: &ublkimg_image::trace::TraceEntry| {
+    let device_block = |entry: &TraceEntry| {
         let blob = trace.header.blobs.get(usize::from(entry.blob))?;
         let layer = u16::try_from(layers.iter().position(|layer| layer == blob)?).ok()?;
         image.device_block(layer, entry.block)
