@@ -99,8 +99,10 @@ pub async fn attach(
         let attaching = Attaching::new(store, engine, location, options).await?;
         let named = attaching.resolve(&options.platform).await?;
         let image = async {
-            let manifest = attaching.manifest(&named).await?;
-            let blob = attaching.metadata_blob(&manifest).await?;
+            let (bytes, manifest) = attaching.manifest(&named).await?;
+            // The disk takes as long as the registry: neither waits for the other.
+            let kept = attaching.keep_manifest(&named, bytes);
+            let ((), blob) = tokio::try_join!(kept, attaching.metadata_blob(&manifest))?;
             Ok((manifest, blob))
         };
         let profile = attaching.profile(&named, options);
@@ -208,18 +210,18 @@ impl<'a> Attaching<'a> {
         Ok(Named { digest: chosen.digest, is_stored: manifest.is_some(), manifest, index: Some(resolved.bytes) })
     }
 
-    /// The image's manifest, kept in the store.
-    async fn manifest(&self, named: &Named) -> Result<ErofsManifest> {
+    /// The image's manifest, which must be ours.
+    async fn manifest(&self, named: &Named) -> Result<(Bytes, ErofsManifest)> {
         let bytes = match &named.manifest {
             Some(bytes) => bytes.clone(),
             None => self.fetch_manifest(named.digest).await?,
         };
-        // What is not ours does not go into the store.
         let manifest = parse(named.digest, &bytes)?;
-        if !named.is_stored {
-            self.keep(named.digest, bytes).await?;
-        }
-        Ok(manifest)
+        Ok((bytes, manifest))
+    }
+
+    async fn keep_manifest(&self, named: &Named, bytes: Bytes) -> Result<()> {
+        if named.is_stored { Ok(()) } else { self.keep(named.digest, bytes).await }
     }
 
     async fn fetch_manifest(&self, digest: Digest) -> Result<Bytes> {
@@ -317,6 +319,11 @@ impl<'a> Attaching<'a> {
     async fn keep(&self, digest: Digest, bytes: Bytes) -> Result<()> {
         let store = Arc::clone(self.store);
         blocking(move || store.put_object(Sha256(digest.0), &bytes)).await
+    }
+
+    /// Keeps what may be there already.
+    async fn keep_if_new(&self, digest: Digest, bytes: Bytes) -> Result<()> {
+        if self.stored(digest).await?.is_some() { Ok(()) } else { self.keep(digest, bytes).await }
     }
 
     fn count_request(&self) {

@@ -137,7 +137,6 @@ impl Attaching<'_> {
         let digest = listed.descriptor.digest;
         let bytes = self.profile_manifest(&listed.descriptor).await?;
         let manifest = parse(digest, image, &bytes)?;
-        self.keep(digest, bytes).await?;
         // With the trace here already, what the layers have is known in a moment: no byte is fetched in vain.
         let early = self.stored(manifest.trace.digest).await?.is_none();
         let hot = match &manifest.hot {
@@ -151,7 +150,9 @@ impl Attaching<'_> {
             trace: manifest.trace.digest.to_string(),
             manifest: hot.as_ref().map(|_| digest.to_string()),
         };
-        Ok(Profile { trace: self.published_trace(&manifest.trace).await?, hot, kept })
+        // Not before the hot blob is on its way: the disk takes its time.
+        let ((), trace) = tokio::try_join!(self.keep_if_new(digest, bytes), self.published_trace(&manifest.trace))?;
+        Ok(Profile { trace, hot, kept })
     }
 
     async fn profile_manifest(&self, descriptor: &Descriptor) -> Result<Bytes> {
@@ -169,7 +170,7 @@ impl Attaching<'_> {
         let bad = |error| Error::registry(format!("trace {}", descriptor.digest), error);
         let stored = match descriptor.inline().map_err(bad)? {
             Some(inside) => {
-                self.keep(descriptor.digest, inside.clone()).await?;
+                self.keep_if_new(descriptor.digest, inside.clone()).await?;
                 inside
             }
             // The manifest's parser bounds the size.
@@ -207,7 +208,7 @@ impl Attaching<'_> {
     async fn order_only(&self, stored: Bytes, source: String) -> Result<Profile> {
         let digest = Digest::of(&stored);
         let trace = decode(stored.clone()).await.map_err(|error| Error::caused(error.kind(), source.clone(), error))?;
-        self.keep(digest, stored).await?;
+        self.keep_if_new(digest, stored).await?;
         let kept = KeptProfile { source, is_published: false, trace: digest.to_string(), manifest: None };
         Ok(Profile { trace, hot: None, kept })
     }

@@ -15,6 +15,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ublkimg_image::Sha256;
 
@@ -97,8 +98,10 @@ impl Layout {
 /// Writes a file beside `path` and moves it there: readers see the old one or all of the new one. `durable` = it is on
 /// the disk, under its name, on return.
 pub(crate) fn replace_file(path: &Path, durable: bool, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
+    // Two may write the same object at a time, each its own file: an attach that was given up is one of them.
+    static NEXT: AtomicU64 = AtomicU64::new(0);
     let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".{TEMPORARY}"));
+    temporary.push(format!(".{}.{TEMPORARY}", NEXT.fetch_add(1, Ordering::Relaxed)));
     let temporary = PathBuf::from(temporary);
     let written = File::create(&temporary)
         .and_then(|mut file| {

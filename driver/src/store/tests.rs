@@ -326,3 +326,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn many_may_keep_one_object_at_a_time() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open_in_boot(root.path(), BOOT).unwrap();
+    let object = vec![7; 100_000];
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| store.put_object(Sha256::of(&object), &object).unwrap());
+        }
+    });
+    assert_eq!(store.object(Sha256::of(&object)).unwrap().unwrap(), object);
+}
