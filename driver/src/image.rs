@@ -314,9 +314,12 @@ impl ServedImage {
                 plan.push_file(self.hot_file(), rank, len_blocks);
             } else if hot.withdrawn.contains(frame) {
                 self.miss_chunks(blob, at..at + len_blocks, plan);
-            } else {
+            } else if self.attachment.as_ref().is_some_and(Attachment::trusts_plan) {
                 hot.touch(frame);
                 plan.push_missing(key);
+            } else {
+                self.touch_frame(hot, frame);
+                self.miss_chunks(blob, at..at + len_blocks, plan);
             }
             at += len_blocks;
         }
@@ -398,7 +401,7 @@ impl ServedImage {
     /// Asks for what `plan` (of [`Readiness::Missing`]) misses. Never blocks. `waiter` runs exactly once, perhaps before
     /// this returns, and with EIO at the latest when the engine stops.
     pub fn demand(&self, plan: &Plan, waited: Arc<Waited>, waiter: Waiter) {
-        let Some(Attachment { engine, image }) = &self.attachment else { return waiter(Ok(())) };
+        let Some(Attachment { engine, image, .. }) = &self.attachment else { return waiter(Ok(())) };
         engine.demand(*image, plan.missing.clone(), Arc::clone(&self.counters), waited, waiter);
     }
 
@@ -434,7 +437,7 @@ impl ServedImage {
     /// What is done so that reads do not wait.
     #[must_use]
     pub fn prefetch(&self) -> PrefetchReport {
-        let engine = self.attachment.as_ref().map(|Attachment { engine, image }| engine.report(*image));
+        let engine = self.attachment.as_ref().map(|Attachment { engine, image, .. }| engine.report(*image));
         let mut report = PrefetchReport { engine: engine.unwrap_or_default(), ..PrefetchReport::default() };
         if let Some(hot) = &self.hot {
             report.hot_frames = hot.blob.index.len();
@@ -446,7 +449,7 @@ impl ServedImage {
 
     /// Whether to fetch what nobody asked for, from now on.
     pub fn set_fill(&self, mode: FillMode) {
-        if let Some(Attachment { engine, image }) = &self.attachment {
+        if let Some(Attachment { engine, image, .. }) = &self.attachment {
             engine.set_fill(*image, mode);
         }
     }

@@ -13,7 +13,7 @@
 //! room: this thread always comes to read its messages, and waits for nobody.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Sender, bounded};
@@ -109,8 +109,14 @@ struct Demand {
     parked: Parked,
 }
 
+struct NewImage {
+    link: String,
+    attached: watch::Sender<()>,
+    trusts_plan: Arc<AtomicBool>,
+}
+
 enum Control {
-    AddImage { image: ImageKey, link: String, attached: watch::Sender<()>, reply: oneshot::Sender<Result<()>> },
+    AddImage { image: ImageKey, new: NewImage, reply: oneshot::Sender<Result<()>> },
     AddBlobs { image: ImageKey, blobs: Vec<NewBlob>, reply: oneshot::Sender<Vec<AddedBlob>> },
     SetPlan { image: ImageKey, entries: Vec<PlanEntry>, byte_cap: u64 },
     SetFill { image: ImageKey, mode: FillMode },
@@ -159,9 +165,11 @@ impl EngineHandle {
     /// as long as the image. It ends with the [`Attachment`], also if this is never answered.
     pub(crate) async fn add_image(&self, link: String, attached: watch::Sender<()>) -> Result<Attachment> {
         let image = ImageKey(self.next_image.fetch_add(1, Ordering::Relaxed));
-        let attachment = Attachment { engine: self.clone(), image };
+        let trusts_plan = Arc::new(AtomicBool::new(true));
+        let new = NewImage { link, attached, trusts_plan: Arc::clone(&trusts_plan) };
+        let attachment = Attachment { engine: self.clone(), image, trusts_plan };
         let (reply, answer) = oneshot::channel();
-        self.controls.send(Control::AddImage { image, link, attached, reply }).map_err(|_| stopped())?;
+        self.controls.send(Control::AddImage { image, new, reply }).map_err(|_| stopped())?;
         answer.await.map_err(|_| stopped())?.map(|()| attachment)
     }
 
@@ -205,6 +213,15 @@ impl EngineHandle {
 pub(crate) struct Attachment {
     pub(crate) engine: EngineHandle,
     pub(crate) image: ImageKey,
+    trusts_plan: Arc<AtomicBool>,
+}
+
+impl Attachment {
+    /// Whether the plan of the image is still believed. When it is not, a block is better had with its chunk than with its
+    /// hot frame, whose other blocks will not be read.
+    pub(crate) fn trusts_plan(&self) -> bool {
+        self.trusts_plan.load(Ordering::Relaxed)
+    }
 }
 
 impl Drop for Attachment {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crossbeam::channel::{Receiver, at, never};
@@ -11,7 +11,7 @@ use ublkimg_image::Sha256;
 use ublkimg_scheduler::{Action, BlobKey, BlobKind, ChunkKey, Event, FillMode, ImageKey, LinkKey, Scheduler, Ticket};
 
 use super::links::Links;
-use super::{AddedBlob, Control, Demand, IMAGES_MAX, ImageReport, NewBlob, Parked, is_present};
+use super::{AddedBlob, Control, Demand, IMAGES_MAX, ImageReport, NewBlob, NewImage, Parked, is_present};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::{FetchJob, Order, Outcome, Progress, Source, Spawner};
 use crate::hot::Withdrawn;
@@ -48,6 +48,8 @@ impl Blob {
 struct Image {
     link: LinkKey,
     blobs: Vec<BlobKey>,
+    /// What the scheduler thinks of its plan, for those who read.
+    trusts_plan: Arc<AtomicBool>,
     /// Dropped with the image: fetches for it end.
     _attached: watch::Sender<()>,
 }
@@ -94,6 +96,7 @@ impl EngineThread {
                 recv(inbox.progressed) -> news => if let Ok(news) = news { self.progress(news); },
                 recv(inbox.touched) -> touch => if let Ok((image, chunk)) = touch {
                     self.step(Event::Touch { image, chunk });
+                    self.note_trust(image);
                 },
                 recv(self.tick) -> _ => {
                     self.tick = never();
@@ -109,15 +112,14 @@ impl EngineThread {
 
     fn control(&mut self, control: Control) {
         match control {
-            Control::AddImage { image, link, attached, reply } => {
-                let _ = reply.send(self.add_image(image, &link, attached));
-            }
+            Control::AddImage { image, new, reply } => drop(reply.send(self.add_image(image, new))),
             Control::AddBlobs { image, blobs, reply } => {
                 let added = blobs.into_iter().map(|blob| self.add_blob(image, blob)).collect();
                 let _ = reply.send(added);
             }
             Control::SetPlan { image, entries, byte_cap } => {
                 self.step(Event::SetPlan { image, entries: &entries, byte_cap });
+                self.note_trust(image);
             }
             Control::SetFill { image, mode } => self.set_fill(image, mode),
             Control::Detach { image } => self.detach(image),
@@ -201,6 +203,7 @@ impl EngineThread {
         demand.waited.note(is_miss);
         let counter = if is_miss { &demand.counters.misses } else { &demand.counters.late_hits };
         counter.fetch_add(1, Ordering::Relaxed);
+        self.note_trust(demand.image);
         self.carry_out(actions);
     }
 
@@ -236,15 +239,22 @@ impl EngineThread {
         self.step(Event::Withdrawn { chunk });
     }
 
-    fn add_image(&mut self, image: ImageKey, link: &str, attached: watch::Sender<()>) -> Result<()> {
+    fn note_trust(&self, image: ImageKey) {
+        if let Some(of_image) = self.images.get(&image) {
+            of_image.trusts_plan.store(self.scheduler.trusts_plan(image), Ordering::Relaxed);
+        }
+    }
+
+    fn add_image(&mut self, image: ImageKey, new: NewImage) -> Result<()> {
         if self.images.len() >= IMAGES_MAX {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!("{IMAGES_MAX} images are attached, the most there can be: remove one first"),
             ));
         }
-        let link = self.links.key(link);
-        self.images.insert(image, Image { link, blobs: Vec::new(), _attached: attached });
+        let link = self.links.key(&new.link);
+        let NewImage { attached, trusts_plan, .. } = new;
+        self.images.insert(image, Image { link, blobs: Vec::new(), trusts_plan, _attached: attached });
         self.step(Event::AddImage { image, link });
         Ok(())
     }
