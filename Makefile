@@ -15,13 +15,21 @@ LANES := lanes
 
 FUZZ_SECONDS := 600
 
-.PHONY: build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate demo demo-vm docs uml-kernel clean-caches
+.PHONY: build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate demo demo-vm starts starts-vm docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
 
 programs: deps # what tests and demos run
 	cargo build --workspace --bins $(PROFILE)
+
+starts: programs ## scipy, nginx and node, started in several ways over one shaped link; docs/starts.md
+	@bench/starts/prepare.sh $(BIN)
+	@$(BIN)/start $(STARTS_FLAGS)
+
+starts-vm: programs ## the same over /dev/ublkb0 in a User-Mode-Linux guest
+	@bench/starts/prepare.sh $(BIN)
+	@bench/starts/vm.sh $(BIN) $(STARTS_FLAGS)
 
 docs: programs ## man pages and shell completions, in target/docs
 	$(BIN)/ublkimg docs target/docs
@@ -92,4 +100,4 @@ uml-kernel: ## builds that guest's kernel; 8 minutes, once
 	@tests/vm/build-uml.sh target/vm/linux-uml
 
 clean-caches: ## the built image and kernels, which `cargo clean` removes too
-	rm -rf target/demo target/vm
+	rm -rf target/demo target/starts target/vm

@@ -56,12 +56,16 @@ impl Bundle {
     ///
     /// There is no runc, or the directory cannot be written.
     pub fn create(dir: &Path, state_dir: &Path, args: &[String], env: &[String]) -> Result<Self> {
+        let path = dir.join("config.json");
         std::fs::create_dir_all(dir.join("rootfs"))?;
+        if path.exists() {
+            // Of the container before; runc does not write over it.
+            std::fs::remove_file(&path)?;
+        }
         let output = Command::new("runc").arg("spec").current_dir(dir).output().context("cannot run runc")?;
         if !output.status.success() {
             bail!("runc spec failed: {}", String::from_utf8_lossy(&output.stderr).trim_end());
         }
-        let path = dir.join("config.json");
         let mut config: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
         config["process"]["args"] = json!(args);
         config["process"]["env"] = json!(env);
@@ -82,32 +86,55 @@ impl Bundle {
         self.dir.join("rootfs")
     }
 
-    /// Runs the command until it is ready, tells how long that took, and ends it.
+    /// Runs the command until it is ready.
     ///
     /// # Errors
     ///
     /// When it exits with anything but 0, or is not ready within `limit`.
-    pub fn run(&self, name: &str, ready: Ready, limit: Duration) -> Result<Duration> {
-        let mut delete = self.runc();
-        delete.args(["delete", "--force", name]);
-        let _delete = Finally::attempt(delete);
+    pub fn start(&self, name: &str, ready: Ready, limit: Duration) -> Result<Running> {
+        let command = |arguments: &[&str]| {
+            let mut command = self.runc();
+            command.args(arguments);
+            command
+        };
         let began = Instant::now();
-        let mut child = self.runc().args(["run", "--bundle"]).arg(&self.dir).arg(name).stdin(Stdio::null()).spawn()?;
-        let outcome = until_ready(&mut child, ready, began, limit);
-        if child.try_wait()?.is_none() {
-            let mut kill = self.runc();
-            kill.args(["kill", name, "KILL"]);
-            drop(Finally::attempt(kill));
-            let _ = child.kill();
-            child.wait()?;
-        }
-        outcome
+        let child = self.runc().args(["run", "--bundle"]).arg(&self.dir).arg(name).stdin(Stdio::null()).spawn()?;
+        let mut running = Running {
+            took: Duration::ZERO,
+            child,
+            kill: command(&["kill", name, "KILL"]),
+            _delete: Finally::attempt(command(&["delete", "--force", name])),
+        };
+        running.took = until_ready(&mut running.child, ready, began, limit)?;
+        Ok(running)
     }
 
     fn runc(&self) -> Command {
         let mut command = Command::new("runc");
         command.arg("--root").arg(&self.state_dir);
         command
+    }
+}
+
+/// A container that was ready; ended and deleted with the value.
+#[derive(Debug)]
+pub struct Running {
+    /// From the start of runc until it was ready.
+    pub took: Duration,
+    child: Child,
+    kill: Command,
+    _delete: Finally,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
+        // Both may find that it has ended meanwhile.
+        let _ = self.kill.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -166,7 +166,8 @@ impl Demo {
         let _scratch = Mount::tmpfs(&scratch, SCRATCH_MB)?;
         let _rootfs = Mount::overlay(&bundle.rootfs(), lower, &scratch)?;
         let prepare = began.elapsed();
-        let run = bundle.run(&format!("ublkimg-demo-{name}-{}", std::process::id()), Ready::Exit, CONTAINER_LIMIT)?;
+        let run =
+            bundle.start(&format!("ublkimg-demo-{name}-{}", std::process::id()), Ready::Exit, CONTAINER_LIMIT)?.took;
         let stats = self.registry.stats();
         Ok(Figures {
             prepare,

@@ -1,0 +1,46 @@
+//! The ways in which an image is started.
+
+use std::fmt;
+
+/// One way. Arms alternate within a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub(crate) enum Arm {
+    /// Pull all layers of the source image, unpack them, start
+    Pull,
+    /// Attach without a profile
+    None,
+    /// Attach with the trace in a file: it gives the order, the image's own chunks are fetched
+    Trace,
+    /// Attach with the profile that the image's index lists
+    Hot,
+    /// The whole image is in the store, nothing of it in a page cache
+    Local,
+    /// Another command of the image, without a profile
+    OtherNone,
+    /// Another command of the image, with the profile of the first
+    OtherWrong,
+    /// As hot, while the registry gets slow, then asks for patience, then is away for 5 s
+    Trouble,
+}
+
+impl Arm {
+    /// Whether the other command is started.
+    pub(crate) fn is_other(self) -> bool {
+        matches!(self, Self::OtherNone | Self::OtherWrong)
+    }
+}
+
+impl fmt::Display for Arm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Pull => "full pull",
+            Self::None => "no profile",
+            Self::Trace => "trace only",
+            Self::Hot => "hot blob",
+            Self::Local => "local",
+            Self::OtherNone => "other, no profile",
+            Self::OtherWrong => "other, wrong profile",
+            Self::Trouble => "hot blob, trouble",
+        })
+    }
+}

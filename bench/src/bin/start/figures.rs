@@ -1,0 +1,211 @@
+//! What starts cost, as a table and as JSON.
+
+use std::fmt;
+
+use serde::Serialize;
+use serde_json::Value;
+use ublkimg_bench::median;
+
+use crate::trouble::Met;
+
+/// One start.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Sample {
+    /// From the execution of `ublkimg add`, or the first request of the pull, to ready.
+    pub(crate) ready_seconds: f64,
+    /// Of that: until the image is mounted, or unpacked.
+    pub(crate) attach_seconds: f64,
+    /// Bodies that the registry sent.
+    pub(crate) bytes: u64,
+    /// Requests that the registry answered.
+    pub(crate) requests: u64,
+    /// Bytes of blobs that the registry sent more than once.
+    pub(crate) duplicate_bytes: u64,
+    /// Processor time that the machine spent meanwhile.
+    pub(crate) busy_seconds: f64,
+    /// First reads at the device; none after a pull.
+    pub(crate) reads: Option<FirstReads>,
+    /// What trouble was met.
+    pub(crate) trouble: Option<Met>,
+    /// All that `status --json` said.
+    pub(crate) status: Option<Value>,
+}
+
+/// Device requests that read a block for the first time.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub(crate) struct FirstReads {
+    pub(crate) hits: u64,
+    pub(crate) late_hits: u64,
+    pub(crate) misses: u64,
+    pub(crate) stall_us: u64,
+    pub(crate) blocks: u64,
+}
+
+impl FirstReads {
+    /// Of a device's status.
+    pub(crate) fn of(status: &Value) -> Self {
+        let figures = &status["start"]["first_reads"];
+        let count = |name: &str| figures[name].as_u64().unwrap_or(0);
+        Self {
+            hits: count("hits"),
+            late_hits: count("late_hits"),
+            misses: count("misses"),
+            stall_us: count("stall_us"),
+            blocks: count("blocks"),
+        }
+    }
+}
+
+/// A row of the table: one arm of one workload.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Row {
+    pub(crate) workload: String,
+    pub(crate) arm: String,
+    pub(crate) link: String,
+    pub(crate) transport: String,
+    pub(crate) samples: Vec<Sample>,
+    /// Where the hot blob is used, and where everything is local.
+    pub(crate) packed: Option<Packed>,
+}
+
+/// What a start with the hot blob is measured against.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Packed {
+    /// T*(packed).
+    pub(crate) bound_seconds: f64,
+    /// T_w: think times of the start whose store is full.
+    pub(crate) warm_seconds: f64,
+    /// Processor time of that start, where it is known.
+    pub(crate) busy_seconds: Option<f64>,
+    /// Raw bytes per second of one processor that checks and decodes frames.
+    pub(crate) decode_bytes_per_s: f64,
+    /// Stored bytes of the hot blob.
+    pub(crate) hot_bytes: u64,
+    /// Bytes that an attach without a profile fetches.
+    pub(crate) attach_bytes: u64,
+    /// Blocks that the local start read and the hot blob does not hold.
+    pub(crate) unpacked_blocks: u64,
+}
+
+impl Row {
+    fn median(&self, of: impl Fn(&Sample) -> f64) -> f64 {
+        let values: Vec<f64> = self.samples.iter().map(of).collect();
+        if values.is_empty() { f64::NAN } else { median(&values) }
+    }
+
+    /// The median of the times to ready.
+    pub(crate) fn ready_seconds(&self) -> f64 {
+        self.median(|sample| sample.ready_seconds)
+    }
+
+    /// Median, fewest and most of a count.
+    fn count(&self, of: impl Fn(&Sample) -> u64) -> u64 {
+        let mut values: Vec<u64> = self.samples.iter().map(of).collect();
+        values.sort_unstable();
+        values.get(values.len() / 2).copied().unwrap_or(0)
+    }
+}
+
+/// The rows, aligned.
+pub(crate) struct Table<'a>(pub(crate) &'a [Row]);
+
+impl fmt::Display for Table<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:<12} {:<21} {:>8} {:>15} {:>8} {:>9} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
+            "workload",
+            "arm",
+            "ready s",
+            "min..max",
+            "attach s",
+            "MB",
+            "requests",
+            "hit",
+            "late",
+            "miss",
+            "twice B",
+            "T* s",
+            "ratio"
+        )?;
+        for row in self.0 {
+            let ready = row.ready_seconds();
+            let extreme =
+                |pick: fn(f64, f64) -> f64| row.samples.iter().map(|sample| sample.ready_seconds).reduce(pick);
+            let range =
+                format!("{:.2}..{:.2}", extreme(f64::min).unwrap_or(f64::NAN), extreme(f64::max).unwrap_or(f64::NAN));
+            let reads = |of: fn(&FirstReads) -> u64| {
+                let is_there = row.samples.iter().any(|sample| sample.reads.is_some());
+                let count = row.count(|sample| sample.reads.as_ref().map_or(0, of));
+                if is_there { count.to_string() } else { "-".to_owned() }
+            };
+            let (bound, ratio) = match row.packed {
+                Some(Packed { bound_seconds, .. }) => {
+                    (format!("{bound_seconds:.2}"), format!("{:.2}", ready / bound_seconds))
+                }
+                None => ("-".to_owned(), "-".to_owned()),
+            };
+            writeln!(
+                f,
+                "{:<12} {:<21} {:>8.2} {:>15} {:>8.2} {:>9.2} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
+                row.workload,
+                row.arm,
+                ready,
+                range,
+                row.median(|sample| sample.attach_seconds),
+                megabytes(row.count(|sample| sample.bytes)),
+                row.count(|sample| sample.requests),
+                reads(|reads| reads.hits),
+                reads(|reads| reads.late_hits),
+                reads(|reads| reads.misses),
+                row.count(|sample| sample.duplicate_bytes),
+                bound,
+                ratio,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// What is asked of starts with the hot blob, a line each.
+pub(crate) struct Claims<'a>(pub(crate) &'a [Row]);
+
+impl fmt::Display for Claims<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for row in self.0 {
+            let Some(packed) = row.packed else { continue };
+            let share = row.median(|sample| {
+                let reads = sample.reads.unwrap_or_default();
+                float(reads.misses) / float((reads.hits + reads.late_hits + reads.misses).max(1))
+            });
+            let wanted_bytes = packed.hot_bytes + packed.attach_bytes;
+            writeln!(
+                f,
+                "{}, {}: ready / T* {:.2} (T* {:.2} s, T_w {:.2} s); misses {:.2} % of first reads; bytes {:.2} of hot blob \
+                 ({:.2} MB) and attach ({:.2} MB); sent twice {}; {} blocks read that are not packed",
+                row.workload,
+                row.arm,
+                row.ready_seconds() / packed.bound_seconds,
+                packed.bound_seconds,
+                packed.warm_seconds,
+                share * 100.0,
+                row.median(|sample| float(sample.bytes) / float(wanted_bytes)),
+                megabytes(packed.hot_bytes),
+                megabytes(packed.attach_bytes),
+                row.samples.iter().map(|sample| sample.duplicate_bytes).max().unwrap_or(0),
+                packed.unpacked_blocks,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Exact enough for two digits.
+#[allow(clippy::cast_precision_loss)]
+fn float(count: u64) -> f64 {
+    count as f64
+}
+
+pub(crate) fn megabytes(bytes: u64) -> f64 {
+    float(bytes) / 1e6
+}
