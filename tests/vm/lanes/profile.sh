@@ -42,7 +42,7 @@ start_reads >"$WORK/read"
 cmp -s "$WORK/read" "$WORK/expected" || fail "what was read is wrong"
 sent=$(stat_of bytes_sent)
 ublkimg status one --json >"$WORK/status" || fail "status ended with $?"
-sed -n '/"first_reads"/,/}/p' "$WORK/status" | tail -n 7 >"$WORK/first" && cat "$WORK/first"
+sed -n '/"first_reads"/,/}/p' "$WORK/status" | tail -n 7 >"$WORK/first"
 hits=$(sed -n 's/^ *"hits": \([0-9]*\).*/\1/p' "$WORK/first") late=$(sed -n 's/^ *"late_hits": \([0-9]*\).*/\1/p' "$WORK/first")
 misses=$(sed -n 's/^ *"misses": \([0-9]*\).*/\1/p' "$WORK/first")
 say "hot blob $hot bytes, attach $attach bytes, sent $sent bytes; $hits hits, $late late hits, $misses misses"
