@@ -118,10 +118,22 @@ impl Layout {
     }
 
     pub(crate) fn push_manifest(&self, media_type: &str, bytes: &Bytes, tag: Option<&str>) -> Result<Digest> {
+        self.push_instead(media_type, bytes, tag, None)
+    }
+
+    /// The same; an entry without a tag for `old` goes away. Without it two would be left that nothing tells apart.
+    pub(crate) fn push_instead(
+        &self,
+        media_type: &str,
+        bytes: &Bytes,
+        tag: Option<&str>,
+        old: Option<&Digest>,
+    ) -> Result<Digest> {
         let digest = Digest::of(bytes);
         self.push_blob(&digest, bytes.len() as u64, &BlobSource::Bytes(bytes.clone()))?;
         let _lock = self.lock()?;
         let mut index = self.read_index()?;
+        old.into_iter().for_each(|old| index.remove_untagged(old));
         index.insert(media_type, &digest, bytes, tag);
         let mut file = Temporary::create(&self.dir)?;
         file.write_all(&index.encode()?)?;

@@ -18,8 +18,8 @@ pub struct ClientOptions {
     pub response_timeout: Duration,
     /// How long a body may stand still.
     pub idle_timeout: Duration,
-    /// No attempt at a request begins later than this after the first one. Time spent waiting for a free request slot
-    /// does not count. Zero = one attempt.
+    /// No attempt at a request begins later than this after the first one. Time spent waiting for a free request slot, or
+    /// for the end of a `Retry-After` that another request was given, does not count. Zero = one attempt.
     pub retry_deadline: Duration,
 }
 

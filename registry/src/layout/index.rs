@@ -134,6 +134,12 @@ impl Index {
         });
     }
 
+    /// Takes away the entry without a tag for this manifest.
+    pub(super) fn remove_untagged(&mut self, digest: &Digest) {
+        let digest = digest.to_string();
+        self.manifests.retain(|entry| entry.tag().is_some() || entry.digest != digest);
+    }
+
     fn tag_list(&self) -> String {
         let tags: Vec<_> = self.manifests.iter().filter_map(Entry::tag).collect();
         match tags.len() {

@@ -232,3 +232,44 @@ fn no_image_is_chosen_among_profiles() {
     let error = erofs_manifest::choose(&serde_json::to_vec(&listed).unwrap(), &amd64).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotOurs);
 }
+
+/// A text with some of its bytes replaced, as somebody hostile could send it.
+fn spoiled(text: &[u8], changes: &[(usize, u8)]) -> Vec<u8> {
+    let mut bytes = text.to_vec();
+    for (at, byte) in changes {
+        let at = at % bytes.len();
+        bytes[at] = *byte;
+    }
+    bytes
+}
+
+fn changes() -> impl proptest::strategy::Strategy<Value = Vec<(usize, u8)>> {
+    use proptest::prelude::*;
+    proptest::collection::vec(
+        (any::<usize>(), prop_oneof![Just(b'"'), Just(b'{'), Just(b'['), Just(b'\\'), any::<u8>()]),
+        0..4,
+    )
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_manifest_is_read_or_refused(changes in changes()) {
+        let bytes = spoiled(&sample(Some("web"), Some('c')).to_bytes().unwrap(), &changes);
+        if let Ok(profile) = ProfileManifest::parse(&bytes) {
+            proptest::prop_assert_eq!(ProfileManifest::parse(&profile.to_bytes().unwrap()).unwrap(), profile);
+        }
+    }
+
+    #[test]
+    fn any_index_is_edited_or_refused(changes in changes()) {
+        let before = spoiled(&add(index().as_bytes(), Some("one"), Some('d'), true), &changes);
+        let profile = sample(Some("web"), Some('c')).to_bytes().unwrap();
+        if let Ok(after) = add_to_index(&before, &profile, true) {
+            let listed = profiles(&after, &image()).unwrap();
+            let ours: Vec<_> = listed.iter().filter(|listed| listed.is_default).collect();
+            proptest::prop_assert_eq!(ours.len(), 1);
+            proptest::prop_assert_eq!(&ours[0].descriptor.digest, &Digest::of(&profile));
+            proptest::prop_assert_eq!(add_to_index(&after, &profile, true).unwrap(), after);
+        }
+    }
+}

@@ -135,8 +135,7 @@ impl Repository {
             if after == resolved.bytes {
                 return Ok(PushedProfile { manifest, index: resolved.digest });
             }
-            let media_type = if is_index(&resolved) { &resolved.media_type } else { MEDIA_TYPE_INDEX };
-            self.push_manifest(media_type, after, tag.as_deref()).await?;
+            self.push_index(&resolved, after, tag.clone()).await?;
         }
         Err(Error::unavailable("others keep changing the tag that the profile is to be listed under"))
     }
@@ -161,6 +160,19 @@ impl Repository {
             _ => return Err(Error::invalid("a hot blob without its bytes, or bytes without a hot blob")),
         }
         self.push_referrer(bytes).await
+    }
+
+    /// Puts an index in the place of what the location named before.
+    async fn push_index(&self, before: &Resolved, index: Bytes, tag: Option<String>) -> Result<Digest> {
+        let media_type = if is_index(before) { before.media_type.clone() } else { MEDIA_TYPE_INDEX.to_owned() };
+        match &self.0 {
+            Inner::Layout(layout) => {
+                let old = before.digest;
+                blocking(layout, move |layout| layout.push_instead(&media_type, &index, tag.as_deref(), Some(&old)))
+                    .await
+            }
+            Inner::Remote(remote) => remote.push_manifest(&media_type, index, tag.as_deref()).await,
+        }
     }
 
     async fn index_of_tag(&self, image: &Descriptor) -> Result<Bytes> {
