@@ -133,8 +133,8 @@ impl Picture {
             self.body,
             r#"<path stroke="{TEXT}" stroke-dasharray="4 3" fill="none" d="M{at:.1} {top:.1}V{bottom:.1}"/>"#
         );
-        let (anchor, shift) = if at > WIDTH - RIGHT - 60.0 { ("end", -4.0) } else { ("start", 4.0) };
-        self.text((at + shift, top + 12.0), anchor, 11, name);
+        let (anchor, shift) = if at > WIDTH - RIGHT - 60.0 { ("end", 4.0) } else { ("start", -4.0) };
+        self.text((at + shift, top - 4.0), anchor, 11, name);
     }
 
     /// Marks the part of the vertical axis from `from` to `to` with a line below it and its name on the right.

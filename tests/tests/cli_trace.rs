@@ -152,7 +152,7 @@ fn pictures_are_made_of_traces_and_of_starts() {
         text
     };
     let plain = draw(&[&trace]);
-    assert!(plain.contains("time, s") && plain.contains("MiB"), "{plain}");
+    assert!(plain.contains("read before, MiB") && plain.contains("in the layers, MiB"), "{plain}");
     let named = draw(&[&trace, "--image", &fixture.reference()]);
     assert!(named.contains("layer 1") && named.contains("First reads of app"), "{named}");
     let waterfall = draw(&[&events]);

@@ -169,6 +169,10 @@ fn print_totals(shown: &Shown) -> anyhow::Result<()> {
         })
         .collect();
     output::table(["LAYER", "READ", "BLOB"], &rows)?;
+    // A list has no times.
+    if shown.span_us == 0 {
+        return Ok(());
+    }
     output::line("")?;
     let highest = shown.timeline.iter().map(|step| step.blocks).max().unwrap_or(0).max(1);
     let rows: Vec<[String; 3]> = shown

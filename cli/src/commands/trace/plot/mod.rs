@@ -44,36 +44,28 @@ fn draw(trace: &Trace, image: Option<&Named>) -> anyhow::Result<String> {
         return Err(Error::new(ErrorKind::Invalid, "the trace is empty: there is nothing to draw").into());
     }
     let (bands, of_blob) = bands(trace, image);
-    let end_us = trace.span_us().max(trace.header.ready_us.unwrap_or(0)).max(1);
+    let (time, at) = horizontal(trace);
     let mut picture = Picture::new(&title(trace));
     picture.legend(BLUE, "blocks read for the first time");
-    let time = Axis { max: seconds(end_us), label: "time, s" };
     let top = bands.last().map_or(1, |band| band.start + band.blocks);
     let place = picture.plot(HEIGHT, &time, &Axis { max: mib(top), label: "place in the layers, MiB" });
     for band in &bands {
         picture.band(&place, mib(band.start), mib(band.start + band.blocks), &band.name);
     }
-    let mut at_us = 0;
-    let times: Vec<u64> = trace
-        .entries
-        .iter()
-        .map(|entry| {
-            at_us += entry.since_previous_us;
-            at_us
-        })
-        .collect();
-    let marks = trace.entries.iter().zip(&times).map(|(entry, at_us)| {
+    let marks = trace.entries.iter().zip(&at).map(|(entry, x)| {
         let start = bands[of_blob[usize::from(entry.blob)]].start + u64::from(entry.block);
-        let (x, end) = (seconds(*at_us), start + u64::from(entry.blocks));
-        ((x, mib(start)), (x, mib(end)))
+        ((*x, mib(start)), (*x, mib(start + u64::from(entry.blocks))))
     });
     picture.bars(&place, BLUE, 1.5, marks);
+    if trace.span_us() == 0 {
+        return Ok(picture.finish());
+    }
     let sum = Axis { max: mib(trace.blocks()), label: "read so far, MiB" };
     let sums = picture.plot(LOWER_HEIGHT, &time, &sum);
     let mut read = 0;
-    let steps = trace.entries.iter().zip(&times).map(|(entry, at_us)| {
+    let steps = trace.entries.iter().zip(&at).map(|(entry, x)| {
         read += u64::from(entry.blocks);
-        (seconds(*at_us), mib(read))
+        (*x, mib(read))
     });
     picture.steps(&sums, BLUE, std::iter::once((0.0, 0.0)).chain(steps));
     if let Some(ready_us) = trace.header.ready_us {
@@ -81,6 +73,24 @@ fn draw(trace: &Trace, image: Option<&Named>) -> anyhow::Result<String> {
         picture.moment(&sums, seconds(ready_us), "");
     }
     Ok(picture.finish())
+}
+
+/// The horizontal axis, and where on it each entry is: its time or, when the trace has none (a list has none), what was
+/// read before it.
+fn horizontal(trace: &Trace) -> (Axis<'static>, Vec<f64>) {
+    let mut at = Vec::with_capacity(trace.entries.len());
+    let (mut clock_us, mut read) = (0, 0);
+    let has_times = trace.span_us() > 0;
+    for entry in &trace.entries {
+        clock_us += entry.since_previous_us;
+        at.push(if has_times { seconds(clock_us) } else { mib(read) });
+        read += u64::from(entry.blocks);
+    }
+    if has_times {
+        let end_us = clock_us.max(trace.header.ready_us.unwrap_or(0));
+        return (Axis { max: seconds(end_us), label: "time, s" }, at);
+    }
+    (Axis { max: mib(read), label: "read before, MiB" }, at)
 }
 
 /// The layers of the image, or what is known of the blobs without it; and the band of each blob of the trace.
