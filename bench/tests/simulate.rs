@@ -78,7 +78,7 @@ fn starts_are_as_near_to_their_bound_as_promised_and_the_same_every_time() {
     for row in &rows {
         assert!(row.ratio() > 1.0 - 1e-6, "faster than is possible: {row:?}");
         assert_eq!(row.outcome.duplicate_bytes, 0, "{row:?}");
-        assert!(row.policy != "ublkimg" || row.ratio() < 1.25 || row.keeps_promise(), "{row:?}");
+        assert!(row.policy != "ublkimg" || row.keeps_promise(), "{row:?}");
     }
     assert_eq!(rows, all_rows());
 }
