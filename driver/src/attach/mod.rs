@@ -286,7 +286,7 @@ impl<'a> Attaching<'a> {
         let layers: Vec<PlannedLayer> = blobs.map(layer).collect();
         let (hot, loaded) = match profile {
             Some(profile) => {
-                let image_bytes = manifest.layers.iter().map(|layer| layer.size_bytes).sum();
+                let image_bytes = layers.iter().map(|layer| layer.index.raw_len_bytes()).sum();
                 let (hot, loaded) = self.follow(profile, &layers, image_bytes).await?;
                 (hot, Some(loaded))
             }

@@ -12,13 +12,14 @@ use ublkimg_scheduler::{BlobKey, ChunkKey, PlanEntry};
 use crate::hot::HotMap;
 use crate::store::BlobFile;
 
-/// What a profile may make the engine fetch, however wrong it is: this share of the image's stored bytes ...
+/// What a profile may make the engine fetch, however wrong it is: this share of the image's raw bytes, since a start
+/// reads a share of the image however well that compresses ...
 const CAP_PERCENT: u64 = 15;
 
 /// ... and so many bytes. The largest start known (vLLM) reads 11 % of 4.2 GB in chunks.
 pub(super) const CAP_BYTES_MIN: u64 = 64 << 20;
 
-/// The most that a profile of an image with so many stored bytes may make the engine fetch.
+/// The most that a profile of an image with so many raw bytes may make the engine fetch.
 pub(super) fn byte_cap(image_bytes: u64) -> u64 {
     CAP_BYTES_MIN + image_bytes / 100 * CAP_PERCENT
 }
