@@ -34,7 +34,7 @@ cargo build "${options[@]}"
 program=$out/build/$triple/release/ublkimg-fuzz
 
 run() {
-  local target=$1 work=$out/work/$1 corpus=$out/corpus/$1 inputs=()
+  local target=$1 work=$out/runs/$1 corpus=$out/corpus/$1 inputs=()
   rm -rf "$work"
   [[ -z ${UBLKIMG_FUZZ_FRESH:-} ]] || corpus=$work/corpus
   mkdir -p "$work/seeds" "$corpus" "$out/failures"
