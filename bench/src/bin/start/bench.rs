@@ -158,6 +158,7 @@ impl Host<'_> {
             at_ready()
         })?;
         sample.reads = status.as_ref().map(FirstReads::of);
+        sample.duplicates = status.as_ref().and_then(|status| status["start"]["duplicates"].as_u64());
         sample.status = status;
         Ok(sample)
     }
@@ -208,6 +209,7 @@ impl Host<'_> {
             duplicate_bytes: stats.duplicate_bytes,
             busy_seconds: busy.as_secs_f64(),
             reads: None,
+            duplicates: None,
             trouble: None,
             status: None,
         })

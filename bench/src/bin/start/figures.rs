@@ -19,12 +19,14 @@ pub(crate) struct Sample {
     pub(crate) bytes: u64,
     /// Requests that the registry answered.
     pub(crate) requests: u64,
-    /// Bytes of blobs that the registry sent more than once.
+    /// Bytes of blobs that the registry sent more than once: also what was under way on a connection that broke.
     pub(crate) duplicate_bytes: u64,
     /// Processor time that the machine spent meanwhile.
     pub(crate) busy_seconds: f64,
     /// First reads at the device; none after a pull.
     pub(crate) reads: Option<FirstReads>,
+    /// Chunks and frames that were fetched a second time, by the daemon's own count.
+    pub(crate) duplicates: Option<u64>,
     /// What trouble was met.
     pub(crate) trouble: Option<Met>,
     /// All that `status --json` said.
@@ -182,7 +184,7 @@ impl fmt::Display for Claims<'_> {
             writeln!(
                 f,
                 "{}, {}: ready / T* {:.2} (T* {:.2} s, T_w {:.2} s); misses {:.2} % of first reads; bytes {:.2} of hot blob \
-                 ({:.2} MB) and attach ({:.2} MB); sent twice {}; {} blocks read that are not packed",
+                 ({:.2} MB) and attach ({:.2} MB); fetched twice {} chunks; sent twice {} bytes; {} blocks read that are not packed",
                 row.workload,
                 row.arm,
                 row.ready_seconds() / packed.bound_seconds,
@@ -192,6 +194,7 @@ impl fmt::Display for Claims<'_> {
                 row.median(|sample| float(sample.bytes) / float(wanted_bytes)),
                 megabytes(packed.hot_bytes),
                 megabytes(packed.attach_bytes),
+                row.samples.iter().filter_map(|sample| sample.duplicates).max().unwrap_or(0),
                 row.samples.iter().map(|sample| sample.duplicate_bytes).max().unwrap_or(0),
                 packed.unpacked_blocks,
             )?;
