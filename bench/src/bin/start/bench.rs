@@ -1,12 +1,15 @@
 //! One machine for all arms: a registry in this process behind a shaped link, and hosts that begin with nothing.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 use tokio::runtime::Runtime;
-use ublkimg_registry::Location;
+use ublkimg_image::Sha256;
+use ublkimg_registry::{Digest, Location};
 use ublkimg_tests::registry::{Config, LinkConfig, TestRegistry};
 use ublkimg_tests::start::classic;
 use ublkimg_tests::start::cleanup::Mount;
@@ -30,6 +33,8 @@ pub(crate) const DEVICE: &str = "start";
 
 pub(crate) struct Bench {
     pub(crate) registry: Arc<TestRegistry>,
+    /// Digests of the images' metadata blobs, which an attach reads whole.
+    metadata: BTreeSet<String>,
     /// Rate in Mbit/s and delay each way in ms.
     pub(crate) link: (u64, u64),
     work: PathBuf,
@@ -60,8 +65,11 @@ impl Bench {
                 .and_then(|_digest| registry.load_layout(&erofs, Some(image), image, "v1"))
                 .with_context(|| format!("no image {image} in {}", setup.images.display()))?;
         }
+        let metadata =
+            workloads.iter().map(|workload| metadata_digest(&registry, workload.image)).collect::<Result<_>>()?;
         Ok(Self {
             registry: Arc::new(registry),
+            metadata,
             link: setup.link,
             work: setup.work.to_owned(),
             program: setup.program.to_owned(),
@@ -118,6 +126,20 @@ impl Bench {
         let ublkimg = Ublkimg { program: self.program.clone(), root: dir.join("store"), run_dir: dir.join("run") };
         Host { bench: self, dir, ublkimg }
     }
+}
+
+/// The digest of the metadata blob of a converted image: the last of its layers.
+fn metadata_digest(registry: &TestRegistry, image: &str) -> Result<String> {
+    let parsed = |bytes: Option<bytes::Bytes>| -> Result<Value> {
+        Ok(serde_json::from_slice(&bytes.with_context(|| format!("{image} is not in the registry"))?)?)
+    };
+    let mut manifest = parsed(registry.manifest(image, "v1")?)?;
+    if let Some(digest) = manifest["manifests"][0]["digest"].as_str() {
+        let digest: Digest = digest.parse()?;
+        manifest = parsed(registry.contents(image, Sha256(digest.0))?)?;
+    }
+    let last = manifest["layers"].as_array().and_then(|layers| layers.last());
+    last.and_then(|layer| layer["digest"].as_str()).map(str::to_owned).context("an image without layers")
 }
 
 /// A machine on which nothing of the image is yet, or all of it.
@@ -201,7 +223,13 @@ impl Host<'_> {
         let busy = busy_time()?.saturating_sub(busy);
         let stats = self.bench.registry.stats();
         at_ready()?;
+        let first_us = stats.blobs.iter().filter(|(digest, _)| !self.bench.metadata.contains(*digest));
+        let first_us = first_us.map(|(_, blob)| blob.first_request_us).min();
+        // A request that comes there was sent one delay earlier.
+        let sent_us = first_us.map(|first_us| first_us.saturating_sub(self.bench.link.1 * 1000));
+        let fetch_us = sent_us.map_or(0, |sent_us| stats.delivered_us.saturating_sub(sent_us));
         Ok(Sample {
+            fetch_seconds: Duration::from_micros(fetch_us).as_secs_f64(),
             ready_seconds: (attach + running.took).as_secs_f64(),
             attach_seconds: attach.as_secs_f64(),
             bytes: stats.bytes_sent,

@@ -19,6 +19,8 @@ pub(crate) struct Sample {
     pub(crate) bytes: u64,
     /// Requests that the registry answered.
     pub(crate) requests: u64,
+    /// At the host: from the first request for bytes of layers or the hot blob until the last byte of any answer.
+    pub(crate) fetch_seconds: f64,
     /// Bytes of blobs that the registry sent more than once: also what was under way on a connection that broke.
     pub(crate) duplicate_bytes: u64,
     /// Processor time that the machine spent meanwhile.
@@ -66,8 +68,8 @@ pub(crate) struct Row {
     pub(crate) link: String,
     pub(crate) transport: String,
     pub(crate) samples: Vec<Sample>,
-    /// Where the hot blob is used, and where everything is local.
-    pub(crate) packed: Option<Packed>,
+    /// Where the hot blob is used, and where everything is local: of each round, or of all.
+    pub(crate) packed: Vec<Packed>,
 }
 
 /// What a start with the hot blob is measured against.
@@ -100,7 +102,18 @@ impl Row {
         self.median(|sample| sample.ready_seconds)
     }
 
-    /// Median, fewest and most of a count.
+    /// Medians of T* and of ready / T*, each round with the T* of its own local start.
+    fn bound(&self) -> Option<(f64, f64)> {
+        let bounds: Vec<f64> = self.packed.iter().map(|packed| packed.bound_seconds).collect();
+        if bounds.is_empty() || self.samples.is_empty() {
+            return None;
+        }
+        let of_round = |round: usize| bounds.get(round).copied().unwrap_or_else(|| median(&bounds));
+        let ratios = (0..).zip(&self.samples).map(|(round, sample)| sample.ready_seconds / of_round(round));
+        Some((median(&bounds), median(&ratios.collect::<Vec<_>>())))
+    }
+
+    /// The median of a count.
     fn count(&self, of: impl Fn(&Sample) -> u64) -> u64 {
         let mut values: Vec<u64> = self.samples.iter().map(of).collect();
         values.sort_unstable();
@@ -115,12 +128,13 @@ impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:<12} {:<21} {:>8} {:>15} {:>8} {:>9} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
+            "{:<12} {:<21} {:>8} {:>15} {:>8} {:>7} {:>9} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
             "workload",
             "arm",
             "ready s",
             "min..max",
             "attach s",
+            "fetch s",
             "MB",
             "requests",
             "hit",
@@ -141,20 +155,19 @@ impl fmt::Display for Table<'_> {
                 let count = row.count(|sample| sample.reads.as_ref().map_or(0, of));
                 if is_there { count.to_string() } else { "-".to_owned() }
             };
-            let (bound, ratio) = match row.packed {
-                Some(Packed { bound_seconds, .. }) => {
-                    (format!("{bound_seconds:.2}"), format!("{:.2}", ready / bound_seconds))
-                }
+            let (bound, ratio) = match row.bound() {
+                Some((bound, ratio)) => (format!("{bound:.2}"), format!("{ratio:.2}")),
                 None => ("-".to_owned(), "-".to_owned()),
             };
             writeln!(
                 f,
-                "{:<12} {:<21} {:>8.2} {:>15} {:>8.2} {:>9.2} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
+                "{:<12} {:<21} {:>8.2} {:>15} {:>8.2} {:>7.2} {:>9.2} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
                 row.workload,
                 row.arm,
                 ready,
                 range,
                 row.median(|sample| sample.attach_seconds),
+                row.median(|sample| sample.fetch_seconds),
                 megabytes(row.count(|sample| sample.bytes)),
                 row.count(|sample| sample.requests),
                 reads(|reads| reads.hits),
@@ -175,7 +188,7 @@ pub(crate) struct Claims<'a>(pub(crate) &'a [Row]);
 impl fmt::Display for Claims<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for row in self.0 {
-            let Some(packed) = row.packed else { continue };
+            let (Some(packed), Some((bound, ratio))) = (row.packed.first(), row.bound()) else { continue };
             let share = row.median(|sample| {
                 let reads = sample.reads.unwrap_or_default();
                 float(reads.misses) / float((reads.hits + reads.late_hits + reads.misses).max(1))
@@ -187,9 +200,9 @@ impl fmt::Display for Claims<'_> {
                  ({:.2} MB) and attach ({:.2} MB); fetched twice {} chunks; sent twice {} bytes; {} blocks read that are not packed",
                 row.workload,
                 row.arm,
-                row.ready_seconds() / packed.bound_seconds,
-                packed.bound_seconds,
-                packed.warm_seconds,
+                ratio,
+                bound,
+                median(&row.packed.iter().map(|packed| packed.warm_seconds).collect::<Vec<_>>()),
                 share * 100.0,
                 row.median(|sample| float(sample.bytes) / float(wanted_bytes)),
                 megabytes(packed.hot_bytes),

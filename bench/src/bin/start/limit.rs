@@ -46,11 +46,16 @@ pub(crate) struct HotBlob<'a> {
 pub(crate) struct Limit {
     pub(crate) bound: Bound,
     pub(crate) unpacked_blocks: u64,
-    pub(crate) decode_bytes_per_s: f64,
 }
 
 /// T* of `local` with `packed` over a link of `rate_mbit` and round trips of `rtt`.
-pub(crate) fn packed(local: &LocalStart, packed: &HotBlob<'_>, rate_mbit: u64, rtt: Duration) -> Result<Limit> {
+pub(crate) fn packed(
+    local: &LocalStart,
+    packed: &HotBlob<'_>,
+    rate_mbit: u64,
+    rtt: Duration,
+    decode_bytes_per_s: f64,
+) -> Result<Limit> {
     let layout = packed.table.layout();
     let ranks = packed.trace.ranks();
     let mut units: Vec<Unit> = packed
@@ -82,7 +87,6 @@ pub(crate) fn packed(local: &LocalStart, packed: &HotBlob<'_>, rate_mbit: u64, r
         }
     }
     let tail = think + Duration::from_micros(ready_us.saturating_sub(local.trace.span_us()));
-    let decode_bytes_per_s = decode_rate(packed)?;
     let bandwidth_bytes_per_s = f64::from(u32::try_from(rate_mbit)?) * 125_000.0;
     let bound = lower_bound(&Start {
         units: &units,
@@ -97,7 +101,7 @@ pub(crate) fn packed(local: &LocalStart, packed: &HotBlob<'_>, rate_mbit: u64, r
             None => None,
         },
     });
-    Ok(Limit { bound, unpacked_blocks, decode_bytes_per_s })
+    Ok(Limit { bound, unpacked_blocks })
 }
 
 /// Rank in the profile of a block that another trace names.
@@ -111,7 +115,7 @@ fn processors() -> Result<u32> {
 }
 
 /// Raw bytes per second of one processor that checks and decodes the hot blob's frames, in this kernel.
-fn decode_rate(packed: &HotBlob<'_>) -> Result<f64> {
+pub(crate) fn decode_rate(packed: &HotBlob<'_>) -> Result<f64> {
     let layout = packed.table.layout();
     let began = Instant::now();
     let mut raw_bytes = 0;

@@ -135,7 +135,7 @@ fn measure(arguments: &Arguments, bench: &Bench, workload: &Workload) -> Result<
         link: format!("{} Mbit/s, {} ms", arguments.rate_mbit, arguments.rtt_ms),
         transport: arguments.transport.clone(),
         samples,
-        packed: matches!(arm, Arm::Hot | Arm::Local | Arm::Trouble).then_some(packed),
+        packed: if matches!(arm, Arm::Hot | Arm::Local | Arm::Trouble) { packed.clone() } else { Vec::new() },
     });
     Ok(rows.collect())
 }
