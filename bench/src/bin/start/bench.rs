@@ -89,6 +89,11 @@ impl Bench {
         ["--profile", "none", "--read-ahead-kb", &self.read_ahead_kb.to_string()].map(str::to_owned)
     }
 
+    /// Where all that is made lies.
+    pub(crate) fn work(&self) -> &Path {
+        &self.work
+    }
+
     pub(crate) fn shape(&self) {
         self.registry.set_link(LinkConfig::new(self.link.0, self.link.1));
     }
@@ -171,10 +176,10 @@ impl Host<'_> {
     ) -> Result<Sample> {
         let bundle = self.bundle(start)?;
         self.cold()?;
-        let (began, busy) = (Instant::now(), busy_time()?);
+        let (began, spent) = (Instant::now(), Spent::so_far()?);
         let attached = self.add(image, options)?;
         let mut status = None;
-        let mut sample = self.run(&bundle, start, &[&attached.mount_point], (began, busy), || {
+        let mut sample = self.run(&bundle, start, &[&attached.mount_point], (began, spent), || {
             self.ublkimg.call(&["ready", DEVICE])?;
             status = Some(self.ublkimg.status(DEVICE)?);
             at_ready()
@@ -189,11 +194,11 @@ impl Host<'_> {
     pub(crate) fn pull(&self, workload: &Workload) -> Result<Sample> {
         let bundle = self.bundle(&workload.start)?;
         self.cold()?;
-        let (began, busy) = (Instant::now(), busy_time()?);
+        let (began, spent) = (Instant::now(), Spent::so_far()?);
         let source: Location = self.bench.registry.reference(workload.image, "source").parse()?;
         let layers = self.bench.runtime.block_on(classic::pull(&source, &self.dir.join("layers")))?;
         let lower: Vec<&Path> = layers.iter().rev().map(PathBuf::as_path).collect();
-        self.run(&bundle, &workload.start, &lower, (began, busy), || Ok(()))
+        self.run(&bundle, &workload.start, &lower, (began, spent), || Ok(()))
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -211,7 +216,7 @@ impl Host<'_> {
         bundle: &Bundle,
         start: &Start,
         lower: &[&Path],
-        (began, busy): (Instant, Duration),
+        (began, spent): (Instant, Spent),
         at_ready: impl FnOnce() -> Result<()>,
     ) -> Result<Sample> {
         let scratch = self.dir.join("scratch");
@@ -220,7 +225,7 @@ impl Host<'_> {
         let attach = began.elapsed();
         let running = bundle.start(&format!("ublkimg-start-{}", std::process::id()), start.ready, READY_LIMIT)?;
         // While it still runs: to end it takes time too.
-        let busy = busy_time()?.saturating_sub(busy);
+        let now = Spent::so_far()?;
         let stats = self.bench.registry.stats();
         at_ready()?;
         let first_us = stats.blobs.iter().filter(|(digest, _)| !self.bench.metadata.contains(*digest));
@@ -235,7 +240,8 @@ impl Host<'_> {
             bytes: stats.bytes_sent,
             requests: stats.requests.values().sum(),
             duplicate_bytes: stats.duplicate_bytes,
-            busy_seconds: busy.as_secs_f64(),
+            busy_seconds: now.machine.saturating_sub(spent.machine).as_secs_f64(),
+            registry_seconds: now.own.saturating_sub(spent.own).as_secs_f64(),
             reads: None,
             duplicates: None,
             trouble: None,
@@ -258,15 +264,37 @@ impl Host<'_> {
     }
 }
 
-/// Processor time that this machine has spent on anything but idling.
-fn busy_time() -> Result<Duration> {
-    /// Units of /proc/stat per second, on every architecture.
-    const TICKS_PER_S: f64 = 100.0;
-    let text = std::fs::read_to_string("/proc/stat")?;
-    let line = text.lines().next().context("/proc/stat is empty")?;
-    let fields: Vec<u64> = line.split_whitespace().skip(1).map_while(|field| field.parse().ok()).collect();
-    ensure!(fields.len() >= 8, "/proc/stat has {} figures", fields.len());
-    // user, nice, system, idle, iowait, irq, softirq, steal
-    let busy_ticks = fields[..3].iter().chain(&fields[5..7]).sum::<u64>();
-    Ok(Duration::from_secs_f64(f64::from(u32::try_from(busy_ticks)?) / TICKS_PER_S))
+/// Processor time.
+#[derive(Debug, Clone, Copy)]
+struct Spent {
+    /// Of this machine, on anything but idling.
+    machine: Duration,
+    /// Of this process.
+    own: Duration,
+}
+
+impl Spent {
+    fn so_far() -> Result<Self> {
+        let text = std::fs::read_to_string("/proc/stat")?;
+        let fields = numbers(text.lines().next().context("/proc/stat is empty")?);
+        ensure!(fields.len() > 8, "/proc/stat has {} figures", fields.len());
+        // cpu, user, nice, system, idle, iowait, irq, softirq, steal
+        let machine = [1, 2, 3, 6, 7].into_iter().map(|field| fields[field]).sum();
+        let text = std::fs::read_to_string("/proc/self/stat")?;
+        // The name, in parentheses, may hold anything.
+        let fields = numbers(text.rsplit_once(')').context("/proc/self/stat has no name")?.1);
+        ensure!(fields.len() > 12, "/proc/self/stat has {} figures", fields.len());
+        // The state comes first; utime and stime are the twelfth and thirteenth.
+        Ok(Self { machine: ticks(machine)?, own: ticks(fields[11] + fields[12])? })
+    }
+}
+
+/// The words of a line as numbers; what is none is 0.
+fn numbers(line: &str) -> Vec<u64> {
+    line.split_whitespace().map(|word| word.parse().unwrap_or(0)).collect()
+}
+
+/// A time in the kernel's units for processes: hundredths of a second on every architecture.
+fn ticks(count: u64) -> Result<Duration> {
+    Ok(Duration::from_millis(count.checked_mul(10).context("more time than there is")?))
 }

@@ -25,6 +25,8 @@ pub(crate) struct Sample {
     pub(crate) duplicate_bytes: u64,
     /// Processor time that the machine spent meanwhile.
     pub(crate) busy_seconds: f64,
+    /// Of that: this process, which is the registry and the link.
+    pub(crate) registry_seconds: f64,
     /// First reads at the device; none after a pull.
     pub(crate) reads: Option<FirstReads>,
     /// Chunks and frames that were fetched a second time, by the daemon's own count.
@@ -81,7 +83,7 @@ pub(crate) struct Packed {
     pub(crate) warm_seconds: f64,
     /// Processor time of that start, where it is known.
     pub(crate) busy_seconds: Option<f64>,
-    /// Raw bytes per second of one processor that checks and decodes frames.
+    /// Raw bytes per second of one processor that checks, decodes and stores frames.
     pub(crate) decode_bytes_per_s: f64,
     /// Stored bytes of the hot blob.
     pub(crate) hot_bytes: u64,
@@ -128,13 +130,15 @@ impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:<12} {:<21} {:>8} {:>15} {:>8} {:>7} {:>9} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
+            "{:<12} {:<21} {:>8} {:>15} {:>8} {:>7} {:>7} {:>8} {:>9} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
             "workload",
             "arm",
             "ready s",
             "min..max",
             "attach s",
             "fetch s",
+            "busy s",
+            "registry",
             "MB",
             "requests",
             "hit",
@@ -161,13 +165,15 @@ impl fmt::Display for Table<'_> {
             };
             writeln!(
                 f,
-                "{:<12} {:<21} {:>8.2} {:>15} {:>8.2} {:>7.2} {:>9.2} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
+                "{:<12} {:<21} {:>8.2} {:>15} {:>8.2} {:>7.2} {:>7.2} {:>8.2} {:>9.2} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
                 row.workload,
                 row.arm,
                 ready,
                 range,
                 row.median(|sample| sample.attach_seconds),
                 row.median(|sample| sample.fetch_seconds),
+                row.median(|sample| sample.busy_seconds),
+                row.median(|sample| sample.registry_seconds),
                 megabytes(row.count(|sample| sample.bytes)),
                 row.count(|sample| sample.requests),
                 reads(|reads| reads.hits),

@@ -5,6 +5,9 @@
 //! it, and then the blob itself, which the metadata travels beside. The program cannot run before the metadata is there.
 //! Its think times are those of a start whose store is full.
 
+use std::fs::File;
+use std::io::Write as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -76,7 +79,13 @@ pub(crate) fn packed(
     // The recording's clock starts within `add`.
     let mut think = local.ready.saturating_sub(Duration::from_micros(ready_us));
     let mut unpacked_blocks = 0;
+    let mut read_us = 0;
     for entry in &local.trace.entries {
+        if read_us + entry.since_previous_us > ready_us {
+            // Between ready and the end of the recording.
+            break;
+        }
+        read_us += entry.since_previous_us;
         think += Duration::from_micros(entry.since_previous_us);
         let blob = header.blobs.get(usize::from(entry.blob)).context("an entry of no blob")?;
         for block in entry.block..entry.block + u32::from(entry.blocks) {
@@ -86,7 +95,7 @@ pub(crate) fn packed(
             }
         }
     }
-    let tail = think + Duration::from_micros(ready_us.saturating_sub(local.trace.span_us()));
+    let tail = think + Duration::from_micros(ready_us.saturating_sub(read_us));
     let bandwidth_bytes_per_s = f64::from(u32::try_from(rate_mbit)?) * 125_000.0;
     let bound = lower_bound(&Start {
         units: &units,
@@ -114,9 +123,12 @@ fn processors() -> Result<u32> {
     Ok(u32::try_from(std::thread::available_parallelism()?.get())?)
 }
 
-/// Raw bytes per second of one processor that checks and decodes the hot blob's frames, in this kernel.
-pub(crate) fn decode_rate(packed: &HotBlob<'_>) -> Result<f64> {
+/// Raw bytes per second of one processor that checks and decodes the hot blob's frames and copies them into a new file in
+/// `dir`, in this kernel.
+pub(crate) fn decode_rate(packed: &HotBlob<'_>, dir: &Path) -> Result<f64> {
     let layout = packed.table.layout();
+    let path = dir.join("decoded");
+    let mut file = File::create(&path)?;
     let began = Instant::now();
     let mut raw_bytes = 0;
     for (number, frame) in (0..).zip(&packed.table.frames) {
@@ -125,7 +137,11 @@ pub(crate) fn decode_rate(packed: &HotBlob<'_>) -> Result<f64> {
         let stored = stored.context("the hot blob is shorter than its table says")?;
         ensure!(Sha256::of(stored) == frame.digest, "frame {number} is not what its table says");
         let capacity = usize::from(frame.blocks) * usize::try_from(BLOCK_BYTES)?;
-        raw_bytes += zstd::bulk::decompress(stored, capacity)?.len();
+        let raw = zstd::bulk::decompress(stored, capacity)?;
+        file.write_all(&raw)?;
+        raw_bytes += raw.len();
     }
-    Ok(f64::from(u32::try_from(raw_bytes)?) / began.elapsed().as_secs_f64())
+    let rate = f64::from(u32::try_from(raw_bytes)?) / began.elapsed().as_secs_f64();
+    std::fs::remove_file(&path)?;
+    Ok(rate)
 }

@@ -113,7 +113,7 @@ impl Profile {
         let hot =
             HotBlob { trace: &self.trace, table: &self.table, blob: &self.hot, metadata_bytes: self.metadata_bytes };
         let (rate_mbit, delay_ms) = bench.link;
-        let bytes_per_s = limit::decode_rate(&hot)?;
+        let bytes_per_s = limit::decode_rate(&hot, bench.work())?;
         let rounds = self.locals.get(1..).filter(|rounds| !rounds.is_empty()).unwrap_or(&self.locals);
         let packed = rounds.iter().map(|local| {
             let mut local = local.clone();
