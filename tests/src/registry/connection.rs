@@ -16,6 +16,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::link::Link;
+use super::stats::Counters;
 
 /// Pieces held back on their way up. The pieces are at most 16 KiB, so 16 MiB a round trip: more than any upload
 /// over loopback makes use of.
@@ -33,9 +34,10 @@ const PIPE_QUANTA: usize = 4;
 /// A connection that is to end counts as drained when the server has written nothing for so long.
 const DRAINED_AFTER: Duration = Duration::from_millis(20);
 
-/// Ends a connection from inside a request.
+/// Ends a connection from inside a request, and counts what reaches the client.
 #[derive(Clone, Debug)]
 pub(crate) struct ConnectionHandle {
+    counters: Arc<Counters>,
     end: Arc<watch::Sender<Option<End>>>,
 }
 
@@ -48,13 +50,11 @@ pub(crate) enum End {
     Reset,
 }
 
-impl Default for ConnectionHandle {
-    fn default() -> Self {
-        Self { end: Arc::new(watch::Sender::new(None)) }
-    }
-}
-
 impl ConnectionHandle {
+    pub(crate) fn new(counters: Arc<Counters>) -> Self {
+        Self { counters, end: Arc::new(watch::Sender::new(None)) }
+    }
+
     /// Ends the connection once all that the server has written is sent. (An error in a body would end it too, but the
     /// server then forgets what it holds back.)
     pub(crate) fn end(&self, end: End) {
@@ -198,6 +198,7 @@ async fn carry_down(
         while let Some(piece) = receiver.recv().await {
             link.alarm.sleep_until(piece.due).await;
             to_client.write_all(&piece.bytes).await?;
+            handle.counters.delivered();
             window.add_permits(piece.bytes.len());
         }
         if handle.is_reset() {

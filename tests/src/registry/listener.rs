@@ -51,7 +51,7 @@ impl LinkListener {
         };
         self.socket = Some(socket);
         self.counters.count_connection();
-        let handle = ConnectionHandle::default();
+        let handle = ConnectionHandle::new(Arc::clone(&self.counters));
         let faults = Arc::clone(&self.faults);
         let down = async move { faults.until_down().await };
         Ok(Some((carry(stream, Arc::clone(&self.link), handle.clone(), down), handle)))
@@ -85,7 +85,7 @@ impl Listener for LinkListener {
     }
 
     fn local_addr(&self) -> io::Result<ConnectionHandle> {
-        Ok(ConnectionHandle::default())
+        Ok(ConnectionHandle::new(Arc::clone(&self.counters)))
     }
 }
 

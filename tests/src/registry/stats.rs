@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -31,6 +32,8 @@ pub struct Stats {
     pub bytes_sent: u64,
     /// Bytes of blobs that were sent more than once.
     pub duplicate_bytes: u64,
+    /// When the last bytes of any answer reached a client, since the start or the last reset.
+    pub delivered_us: u64,
     /// The most requests that were open (body not yet sent whole) at one time.
     pub max_concurrent_requests: u64,
     /// By digest, the blobs of which bytes were asked for; manifests are not among them.
@@ -42,6 +45,8 @@ pub struct Stats {
 pub struct BlobStats {
     /// GET requests answered with 200 or 206.
     pub requests: u64,
+    /// When the first of them came, since the start or the last reset.
+    pub first_request_us: u64,
     /// Body bytes given to the link.
     pub bytes_sent: u64,
     /// Bytes of these that had been sent before.
@@ -57,14 +62,27 @@ impl Stats {
     }
 }
 
-#[derive(Default)]
+#[derive(Debug)]
 struct Counted {
+    since: Instant,
     stats: Stats,
     sent: BTreeMap<String, Coverage>,
     open_requests: u64,
 }
 
-#[derive(Default)]
+impl Default for Counted {
+    fn default() -> Self {
+        Self { since: Instant::now(), stats: Stats::default(), sent: BTreeMap::new(), open_requests: 0 }
+    }
+}
+
+impl Counted {
+    fn elapsed_us(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+#[derive(Debug, Default)]
 pub(crate) struct Counters {
     state: Mutex<Counted>,
 }
@@ -88,6 +106,12 @@ impl Counters {
         self.lock().stats.connections += 1;
     }
 
+    /// Bytes have been written to a client's socket.
+    pub(crate) fn delivered(&self) {
+        let mut state = self.lock();
+        state.stats.delivered_us = state.elapsed_us();
+    }
+
     fn begin(self: &Arc<Self>, kind: &str) -> OpenRequest {
         let mut state = self.lock();
         *state.stats.requests.entry(kind.into()).or_default() += 1;
@@ -100,7 +124,11 @@ impl Counters {
         let mut state = self.lock();
         *state.stats.statuses.entry(status).or_default() += 1;
         if let Some(served) = served {
+            let now_us = state.elapsed_us();
             let blob = state.stats.blobs.entry(served.digest.clone()).or_default();
+            if blob.requests == 0 {
+                blob.first_request_us = now_us;
+            }
             blob.requests += 1;
             if blob.ranges.len() < RANGES_PER_BLOB {
                 blob.ranges.push(served.range.clone());
@@ -174,7 +202,7 @@ fn kind(method: &Method, path: &str) -> &'static str {
 }
 
 /// The bytes of a blob that were sent, as disjoint ranges from start to end.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Coverage(BTreeMap<u64, u64>);
 
 impl Coverage {

@@ -1,12 +1,15 @@
 //! One machine for all arms: a registry in this process behind a shaped link, and hosts that begin with nothing.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 use tokio::runtime::Runtime;
-use ublkimg_registry::Location;
+use ublkimg_image::Sha256;
+use ublkimg_registry::{Digest, Location};
 use ublkimg_tests::registry::{Config, LinkConfig, TestRegistry};
 use ublkimg_tests::start::classic;
 use ublkimg_tests::start::cleanup::Mount;
@@ -30,6 +33,8 @@ pub(crate) const DEVICE: &str = "start";
 
 pub(crate) struct Bench {
     pub(crate) registry: Arc<TestRegistry>,
+    /// Digests of the images' metadata blobs, which an attach reads whole.
+    metadata: BTreeSet<String>,
     /// Rate in Mbit/s and delay each way in ms.
     pub(crate) link: (u64, u64),
     work: PathBuf,
@@ -60,8 +65,11 @@ impl Bench {
                 .and_then(|_digest| registry.load_layout(&erofs, Some(image), image, "v1"))
                 .with_context(|| format!("no image {image} in {}", setup.images.display()))?;
         }
+        let metadata =
+            workloads.iter().map(|workload| metadata_digest(&registry, workload.image)).collect::<Result<_>>()?;
         Ok(Self {
             registry: Arc::new(registry),
+            metadata,
             link: setup.link,
             work: setup.work.to_owned(),
             program: setup.program.to_owned(),
@@ -79,6 +87,11 @@ impl Bench {
     /// Options of an `add` that is recorded as the profiles are.
     pub(crate) fn recorded(&self) -> [String; 4] {
         ["--profile", "none", "--read-ahead-kb", &self.read_ahead_kb.to_string()].map(str::to_owned)
+    }
+
+    /// Where all that is made lies.
+    pub(crate) fn work(&self) -> &Path {
+        &self.work
     }
 
     pub(crate) fn shape(&self) {
@@ -120,6 +133,20 @@ impl Bench {
     }
 }
 
+/// The digest of the metadata blob of a converted image: the last of its layers.
+fn metadata_digest(registry: &TestRegistry, image: &str) -> Result<String> {
+    let parsed = |bytes: Option<bytes::Bytes>| -> Result<Value> {
+        Ok(serde_json::from_slice(&bytes.with_context(|| format!("{image} is not in the registry"))?)?)
+    };
+    let mut manifest = parsed(registry.manifest(image, "v1")?)?;
+    if let Some(digest) = manifest["manifests"][0]["digest"].as_str() {
+        let digest: Digest = digest.parse()?;
+        manifest = parsed(registry.contents(image, Sha256(digest.0))?)?;
+    }
+    let last = manifest["layers"].as_array().and_then(|layers| layers.last());
+    last.and_then(|layer| layer["digest"].as_str()).map(str::to_owned).context("an image without layers")
+}
+
 /// A machine on which nothing of the image is yet, or all of it.
 pub(crate) struct Host<'a> {
     bench: &'a Bench,
@@ -149,15 +176,16 @@ impl Host<'_> {
     ) -> Result<Sample> {
         let bundle = self.bundle(start)?;
         self.cold()?;
-        let (began, busy) = (Instant::now(), busy_time()?);
+        let (began, spent) = (Instant::now(), Spent::so_far()?);
         let attached = self.add(image, options)?;
         let mut status = None;
-        let mut sample = self.run(&bundle, start, &[&attached.mount_point], (began, busy), || {
+        let mut sample = self.run(&bundle, start, &[&attached.mount_point], (began, spent), || {
             self.ublkimg.call(&["ready", DEVICE])?;
             status = Some(self.ublkimg.status(DEVICE)?);
             at_ready()
         })?;
         sample.reads = status.as_ref().map(FirstReads::of);
+        sample.duplicates = status.as_ref().and_then(|status| status["start"]["duplicates"].as_u64());
         sample.status = status;
         Ok(sample)
     }
@@ -166,11 +194,11 @@ impl Host<'_> {
     pub(crate) fn pull(&self, workload: &Workload) -> Result<Sample> {
         let bundle = self.bundle(&workload.start)?;
         self.cold()?;
-        let (began, busy) = (Instant::now(), busy_time()?);
+        let (began, spent) = (Instant::now(), Spent::so_far()?);
         let source: Location = self.bench.registry.reference(workload.image, "source").parse()?;
         let layers = self.bench.runtime.block_on(classic::pull(&source, &self.dir.join("layers")))?;
         let lower: Vec<&Path> = layers.iter().rev().map(PathBuf::as_path).collect();
-        self.run(&bundle, &workload.start, &lower, (began, busy), || Ok(()))
+        self.run(&bundle, &workload.start, &lower, (began, spent), || Ok(()))
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -188,7 +216,7 @@ impl Host<'_> {
         bundle: &Bundle,
         start: &Start,
         lower: &[&Path],
-        (began, busy): (Instant, Duration),
+        (began, spent): (Instant, Spent),
         at_ready: impl FnOnce() -> Result<()>,
     ) -> Result<Sample> {
         let scratch = self.dir.join("scratch");
@@ -197,17 +225,25 @@ impl Host<'_> {
         let attach = began.elapsed();
         let running = bundle.start(&format!("ublkimg-start-{}", std::process::id()), start.ready, READY_LIMIT)?;
         // While it still runs: to end it takes time too.
-        let busy = busy_time()?.saturating_sub(busy);
+        let now = Spent::so_far()?;
         let stats = self.bench.registry.stats();
         at_ready()?;
+        let first_us = stats.blobs.iter().filter(|(digest, _)| !self.bench.metadata.contains(*digest));
+        let first_us = first_us.map(|(_, blob)| blob.first_request_us).min();
+        // A request that comes there was sent one delay earlier.
+        let sent_us = first_us.map(|first_us| first_us.saturating_sub(self.bench.link.1 * 1000));
+        let fetch_us = sent_us.map_or(0, |sent_us| stats.delivered_us.saturating_sub(sent_us));
         Ok(Sample {
+            fetch_seconds: Duration::from_micros(fetch_us).as_secs_f64(),
             ready_seconds: (attach + running.took).as_secs_f64(),
             attach_seconds: attach.as_secs_f64(),
             bytes: stats.bytes_sent,
             requests: stats.requests.values().sum(),
             duplicate_bytes: stats.duplicate_bytes,
-            busy_seconds: busy.as_secs_f64(),
+            busy_seconds: now.machine.saturating_sub(spent.machine).as_secs_f64(),
+            registry_seconds: now.own.saturating_sub(spent.own).as_secs_f64(),
             reads: None,
+            duplicates: None,
             trouble: None,
             status: None,
         })
@@ -228,15 +264,37 @@ impl Host<'_> {
     }
 }
 
-/// Processor time that this machine has spent on anything but idling.
-fn busy_time() -> Result<Duration> {
-    /// Units of /proc/stat per second, on every architecture.
-    const TICKS_PER_S: f64 = 100.0;
-    let text = std::fs::read_to_string("/proc/stat")?;
-    let line = text.lines().next().context("/proc/stat is empty")?;
-    let fields: Vec<u64> = line.split_whitespace().skip(1).map_while(|field| field.parse().ok()).collect();
-    ensure!(fields.len() >= 8, "/proc/stat has {} figures", fields.len());
-    // user, nice, system, idle, iowait, irq, softirq, steal
-    let busy_ticks = fields[..3].iter().chain(&fields[5..7]).sum::<u64>();
-    Ok(Duration::from_secs_f64(f64::from(u32::try_from(busy_ticks)?) / TICKS_PER_S))
+/// Processor time.
+#[derive(Debug, Clone, Copy)]
+struct Spent {
+    /// Of this machine, on anything but idling.
+    machine: Duration,
+    /// Of this process.
+    own: Duration,
+}
+
+impl Spent {
+    fn so_far() -> Result<Self> {
+        let text = std::fs::read_to_string("/proc/stat")?;
+        let fields = numbers(text.lines().next().context("/proc/stat is empty")?);
+        ensure!(fields.len() > 8, "/proc/stat has {} figures", fields.len());
+        // cpu, user, nice, system, idle, iowait, irq, softirq, steal
+        let machine = [1, 2, 3, 6, 7].into_iter().map(|field| fields[field]).sum();
+        let text = std::fs::read_to_string("/proc/self/stat")?;
+        // The name, in parentheses, may hold anything.
+        let fields = numbers(text.rsplit_once(')').context("/proc/self/stat has no name")?.1);
+        ensure!(fields.len() > 12, "/proc/self/stat has {} figures", fields.len());
+        // The state comes first; utime and stime are the twelfth and thirteenth.
+        Ok(Self { machine: ticks(machine)?, own: ticks(fields[11] + fields[12])? })
+    }
+}
+
+/// The words of a line as numbers; what is none is 0.
+fn numbers(line: &str) -> Vec<u64> {
+    line.split_whitespace().map(|word| word.parse().unwrap_or(0)).collect()
+}
+
+/// A time in the kernel's units for processes: hundredths of a second on every architecture.
+fn ticks(count: u64) -> Result<Duration> {
+    Ok(Duration::from_millis(count.checked_mul(10).context("more time than there is")?))
 }

@@ -19,12 +19,18 @@ pub(crate) struct Sample {
     pub(crate) bytes: u64,
     /// Requests that the registry answered.
     pub(crate) requests: u64,
-    /// Bytes of blobs that the registry sent more than once.
+    /// At the host: from the first request for bytes of layers or the hot blob until the last byte of any answer.
+    pub(crate) fetch_seconds: f64,
+    /// Bytes of blobs that the registry sent more than once: also what was under way on a connection that broke.
     pub(crate) duplicate_bytes: u64,
     /// Processor time that the machine spent meanwhile.
     pub(crate) busy_seconds: f64,
+    /// Of that: this process, which is the registry and the link.
+    pub(crate) registry_seconds: f64,
     /// First reads at the device; none after a pull.
     pub(crate) reads: Option<FirstReads>,
+    /// Chunks and frames that were fetched a second time, by the daemon's own count.
+    pub(crate) duplicates: Option<u64>,
     /// What trouble was met.
     pub(crate) trouble: Option<Met>,
     /// All that `status --json` said.
@@ -64,8 +70,8 @@ pub(crate) struct Row {
     pub(crate) link: String,
     pub(crate) transport: String,
     pub(crate) samples: Vec<Sample>,
-    /// Where the hot blob is used, and where everything is local.
-    pub(crate) packed: Option<Packed>,
+    /// Where the hot blob is used, and where everything is local: of each round, or of all.
+    pub(crate) packed: Vec<Packed>,
 }
 
 /// What a start with the hot blob is measured against.
@@ -77,7 +83,7 @@ pub(crate) struct Packed {
     pub(crate) warm_seconds: f64,
     /// Processor time of that start, where it is known.
     pub(crate) busy_seconds: Option<f64>,
-    /// Raw bytes per second of one processor that checks and decodes frames.
+    /// Raw bytes per second of one processor that checks, decodes and stores frames.
     pub(crate) decode_bytes_per_s: f64,
     /// Stored bytes of the hot blob.
     pub(crate) hot_bytes: u64,
@@ -98,7 +104,18 @@ impl Row {
         self.median(|sample| sample.ready_seconds)
     }
 
-    /// Median, fewest and most of a count.
+    /// Medians of T* and of ready / T*, each round with the T* of its own local start.
+    fn bound(&self) -> Option<(f64, f64)> {
+        let bounds: Vec<f64> = self.packed.iter().map(|packed| packed.bound_seconds).collect();
+        if bounds.is_empty() || self.samples.is_empty() {
+            return None;
+        }
+        let of_round = |round: usize| bounds.get(round).copied().unwrap_or_else(|| median(&bounds));
+        let ratios = (0..).zip(&self.samples).map(|(round, sample)| sample.ready_seconds / of_round(round));
+        Some((median(&bounds), median(&ratios.collect::<Vec<_>>())))
+    }
+
+    /// The median of a count.
     fn count(&self, of: impl Fn(&Sample) -> u64) -> u64 {
         let mut values: Vec<u64> = self.samples.iter().map(of).collect();
         values.sort_unstable();
@@ -113,12 +130,15 @@ impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:<12} {:<21} {:>8} {:>15} {:>8} {:>9} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
+            "{:<12} {:<21} {:>8} {:>15} {:>8} {:>7} {:>7} {:>8} {:>9} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
             "workload",
             "arm",
             "ready s",
             "min..max",
             "attach s",
+            "fetch s",
+            "busy s",
+            "registry",
             "MB",
             "requests",
             "hit",
@@ -139,20 +159,21 @@ impl fmt::Display for Table<'_> {
                 let count = row.count(|sample| sample.reads.as_ref().map_or(0, of));
                 if is_there { count.to_string() } else { "-".to_owned() }
             };
-            let (bound, ratio) = match row.packed {
-                Some(Packed { bound_seconds, .. }) => {
-                    (format!("{bound_seconds:.2}"), format!("{:.2}", ready / bound_seconds))
-                }
+            let (bound, ratio) = match row.bound() {
+                Some((bound, ratio)) => (format!("{bound:.2}"), format!("{ratio:.2}")),
                 None => ("-".to_owned(), "-".to_owned()),
             };
             writeln!(
                 f,
-                "{:<12} {:<21} {:>8.2} {:>15} {:>8.2} {:>9.2} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
+                "{:<12} {:<21} {:>8.2} {:>15} {:>8.2} {:>7.2} {:>7.2} {:>8.2} {:>9.2} {:>8} {:>7} {:>6} {:>6} {:>9} {:>7} {:>6}",
                 row.workload,
                 row.arm,
                 ready,
                 range,
                 row.median(|sample| sample.attach_seconds),
+                row.median(|sample| sample.fetch_seconds),
+                row.median(|sample| sample.busy_seconds),
+                row.median(|sample| sample.registry_seconds),
                 megabytes(row.count(|sample| sample.bytes)),
                 row.count(|sample| sample.requests),
                 reads(|reads| reads.hits),
@@ -173,7 +194,7 @@ pub(crate) struct Claims<'a>(pub(crate) &'a [Row]);
 impl fmt::Display for Claims<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for row in self.0 {
-            let Some(packed) = row.packed else { continue };
+            let (Some(packed), Some((bound, ratio))) = (row.packed.first(), row.bound()) else { continue };
             let share = row.median(|sample| {
                 let reads = sample.reads.unwrap_or_default();
                 float(reads.misses) / float((reads.hits + reads.late_hits + reads.misses).max(1))
@@ -182,16 +203,17 @@ impl fmt::Display for Claims<'_> {
             writeln!(
                 f,
                 "{}, {}: ready / T* {:.2} (T* {:.2} s, T_w {:.2} s); misses {:.2} % of first reads; bytes {:.2} of hot blob \
-                 ({:.2} MB) and attach ({:.2} MB); sent twice {}; {} blocks read that are not packed",
+                 ({:.2} MB) and attach ({:.2} MB); fetched twice {} chunks; sent twice {} bytes; {} blocks read that are not packed",
                 row.workload,
                 row.arm,
-                row.ready_seconds() / packed.bound_seconds,
-                packed.bound_seconds,
-                packed.warm_seconds,
+                ratio,
+                bound,
+                median(&row.packed.iter().map(|packed| packed.warm_seconds).collect::<Vec<_>>()),
                 share * 100.0,
                 row.median(|sample| float(sample.bytes) / float(wanted_bytes)),
                 megabytes(packed.hot_bytes),
                 megabytes(packed.attach_bytes),
+                row.samples.iter().filter_map(|sample| sample.duplicates).max().unwrap_or(0),
                 row.samples.iter().map(|sample| sample.duplicate_bytes).max().unwrap_or(0),
                 packed.unpacked_blocks,
             )?;

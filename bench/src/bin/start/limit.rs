@@ -5,6 +5,9 @@
 //! it, and then the blob itself, which the metadata travels beside. The program cannot run before the metadata is there.
 //! Its think times are those of a start whose store is full.
 
+use std::fs::File;
+use std::io::Write as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -46,11 +49,16 @@ pub(crate) struct HotBlob<'a> {
 pub(crate) struct Limit {
     pub(crate) bound: Bound,
     pub(crate) unpacked_blocks: u64,
-    pub(crate) decode_bytes_per_s: f64,
 }
 
 /// T* of `local` with `packed` over a link of `rate_mbit` and round trips of `rtt`.
-pub(crate) fn packed(local: &LocalStart, packed: &HotBlob<'_>, rate_mbit: u64, rtt: Duration) -> Result<Limit> {
+pub(crate) fn packed(
+    local: &LocalStart,
+    packed: &HotBlob<'_>,
+    rate_mbit: u64,
+    rtt: Duration,
+    decode_bytes_per_s: f64,
+) -> Result<Limit> {
     let layout = packed.table.layout();
     let ranks = packed.trace.ranks();
     let mut units: Vec<Unit> = packed
@@ -71,7 +79,13 @@ pub(crate) fn packed(local: &LocalStart, packed: &HotBlob<'_>, rate_mbit: u64, r
     // The recording's clock starts within `add`.
     let mut think = local.ready.saturating_sub(Duration::from_micros(ready_us));
     let mut unpacked_blocks = 0;
+    let mut read_us = 0;
     for entry in &local.trace.entries {
+        if read_us + entry.since_previous_us > ready_us {
+            // Between ready and the end of the recording.
+            break;
+        }
+        read_us += entry.since_previous_us;
         think += Duration::from_micros(entry.since_previous_us);
         let blob = header.blobs.get(usize::from(entry.blob)).context("an entry of no blob")?;
         for block in entry.block..entry.block + u32::from(entry.blocks) {
@@ -81,8 +95,7 @@ pub(crate) fn packed(local: &LocalStart, packed: &HotBlob<'_>, rate_mbit: u64, r
             }
         }
     }
-    let tail = think + Duration::from_micros(ready_us.saturating_sub(local.trace.span_us()));
-    let decode_bytes_per_s = decode_rate(packed)?;
+    let tail = think + Duration::from_micros(ready_us.saturating_sub(read_us));
     let bandwidth_bytes_per_s = f64::from(u32::try_from(rate_mbit)?) * 125_000.0;
     let bound = lower_bound(&Start {
         units: &units,
@@ -97,7 +110,7 @@ pub(crate) fn packed(local: &LocalStart, packed: &HotBlob<'_>, rate_mbit: u64, r
             None => None,
         },
     });
-    Ok(Limit { bound, unpacked_blocks, decode_bytes_per_s })
+    Ok(Limit { bound, unpacked_blocks })
 }
 
 /// Rank in the profile of a block that another trace names.
@@ -110,9 +123,12 @@ fn processors() -> Result<u32> {
     Ok(u32::try_from(std::thread::available_parallelism()?.get())?)
 }
 
-/// Raw bytes per second of one processor that checks and decodes the hot blob's frames, in this kernel.
-fn decode_rate(packed: &HotBlob<'_>) -> Result<f64> {
+/// Raw bytes per second of one processor that checks and decodes the hot blob's frames and copies them into a new file in
+/// `dir`, in this kernel.
+pub(crate) fn decode_rate(packed: &HotBlob<'_>, dir: &Path) -> Result<f64> {
     let layout = packed.table.layout();
+    let path = dir.join("decoded");
+    let mut file = File::create(&path)?;
     let began = Instant::now();
     let mut raw_bytes = 0;
     for (number, frame) in (0..).zip(&packed.table.frames) {
@@ -121,7 +137,11 @@ fn decode_rate(packed: &HotBlob<'_>) -> Result<f64> {
         let stored = stored.context("the hot blob is shorter than its table says")?;
         ensure!(Sha256::of(stored) == frame.digest, "frame {number} is not what its table says");
         let capacity = usize::from(frame.blocks) * usize::try_from(BLOCK_BYTES)?;
-        raw_bytes += zstd::bulk::decompress(stored, capacity)?.len();
+        let raw = zstd::bulk::decompress(stored, capacity)?;
+        file.write_all(&raw)?;
+        raw_bytes += raw.len();
     }
-    Ok(f64::from(u32::try_from(raw_bytes)?) / began.elapsed().as_secs_f64())
+    let rate = f64::from(u32::try_from(raw_bytes)?) / began.elapsed().as_secs_f64();
+    std::fs::remove_file(&path)?;
+    Ok(rate)
 }

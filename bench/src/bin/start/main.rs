@@ -61,7 +61,7 @@ struct Arguments {
     /// The program; default: beside this one
     #[arg(long, value_name = "FILE")]
     ublkimg: Option<PathBuf>,
-    /// Where the JSON goes
+    /// Where the JSON goes; the recorded traces are left beside it
     #[arg(long, default_value = "target/starts/starts.json", value_name = "FILE")]
     json: PathBuf,
 }
@@ -111,6 +111,8 @@ fn run(arguments: &Arguments) -> Result<()> {
 fn measure(arguments: &Arguments, bench: &Bench, workload: &Workload) -> Result<Vec<Row>> {
     eprintln!("start: {}: recording a profile", workload.name);
     let mut profile = Profile::record(bench, workload)?;
+    let kept = arguments.json.with_file_name(format!("{}.trace", workload.name));
+    std::fs::copy(profile.trace_file()?, &kept).with_context(|| format!("cannot write {}", kept.display()))?;
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); arguments.arms.len()];
     for round in 1..=arguments.rounds {
         for (arm, samples) in arguments.arms.iter().zip(&mut samples) {
@@ -133,7 +135,7 @@ fn measure(arguments: &Arguments, bench: &Bench, workload: &Workload) -> Result<
         link: format!("{} Mbit/s, {} ms", arguments.rate_mbit, arguments.rtt_ms),
         transport: arguments.transport.clone(),
         samples,
-        packed: matches!(arm, Arm::Hot | Arm::Local | Arm::Trouble).then_some(packed),
+        packed: if matches!(arm, Arm::Hot | Arm::Local | Arm::Trouble) { packed.clone() } else { Vec::new() },
     });
     Ok(rows.collect())
 }

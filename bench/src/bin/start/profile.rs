@@ -108,26 +108,31 @@ impl Profile {
         Ok(sample)
     }
 
-    /// T* with the think times of the middle one of the local starts, and what else the arms are measured against.
-    pub(crate) fn packed(&mut self, bench: &Bench, is_alone: bool) -> Result<Packed> {
-        self.locals.sort_by_key(|local| local.ready);
-        let mut local = self.locals[self.locals.len() / 2].clone();
-        if !is_alone {
-            local.busy = None;
-        }
+    /// T* with the think times of each of the local starts, the first recorded only if it is the only one.
+    pub(crate) fn packed(&self, bench: &Bench, is_alone: bool) -> Result<Vec<Packed>> {
         let hot =
             HotBlob { trace: &self.trace, table: &self.table, blob: &self.hot, metadata_bytes: self.metadata_bytes };
         let (rate_mbit, delay_ms) = bench.link;
-        let limit = limit::packed(&local, &hot, rate_mbit, Duration::from_millis(2 * delay_ms))?;
-        Ok(Packed {
-            bound_seconds: limit.bound.ready.as_secs_f64(),
-            warm_seconds: limit.bound.warm.as_secs_f64(),
-            busy_seconds: local.busy.map(|busy| busy.as_secs_f64()),
-            decode_bytes_per_s: limit.decode_bytes_per_s,
-            hot_bytes: self.hot_bytes(),
-            attach_bytes: self.attach_bytes,
-            unpacked_blocks: limit.unpacked_blocks,
-        })
+        let bytes_per_s = limit::decode_rate(&hot, bench.work())?;
+        let rounds = self.locals.get(1..).filter(|rounds| !rounds.is_empty()).unwrap_or(&self.locals);
+        let packed = rounds.iter().map(|local| {
+            let mut local = local.clone();
+            if !is_alone {
+                local.busy = None;
+            }
+            let round_trip = Duration::from_millis(2 * delay_ms);
+            let limit = limit::packed(&local, &hot, rate_mbit, round_trip, bytes_per_s)?;
+            Ok(Packed {
+                bound_seconds: limit.bound.ready.as_secs_f64(),
+                warm_seconds: limit.bound.warm.as_secs_f64(),
+                busy_seconds: local.busy.map(|busy| busy.as_secs_f64()),
+                decode_bytes_per_s: bytes_per_s,
+                hot_bytes: self.hot_bytes(),
+                attach_bytes: self.attach_bytes,
+                unpacked_blocks: limit.unpacked_blocks,
+            })
+        });
+        packed.collect()
     }
 }
 
