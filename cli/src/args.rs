@@ -187,6 +187,9 @@ pub(crate) enum WaitArgument {
     Full,
 }
 
+/// Where starts were ready first, with the hot blob and the image's own bytes: docs/decisions/002-read-ahead.md.
+const RECORD_READ_AHEAD_KB: u32 = 16;
+
 /// `record start NAME`, `record stop NAME -o FILE`, or `record REF -o FILE -- COMMAND`.
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -209,9 +212,9 @@ pub(crate) enum RecordAction {
 pub(crate) struct RecordStart {
     /// The device's name, its mount point, or its path
     pub(crate) target: String,
-    /// Read-ahead window of the device while it is recorded: 0 gives exactly what the program touches, 128 also what the
-    /// kernel asks for beyond that
-    #[arg(long, value_name = "KIB", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=131_072))]
+    /// Read-ahead window of the device while it is recorded, and while the trace is followed: 0 gives exactly what the
+    /// program touches, more gives fewer and larger reads, and blocks that nobody needs
+    #[arg(long, value_name = "KIB", default_value_t = RECORD_READ_AHEAD_KB, value_parser = clap::value_parser!(u32).range(..=131_072))]
     pub(crate) read_ahead_kb: u32,
     /// The command that is about to run, named in the trace (default: that of `add`). Takes all arguments that follow, up
     /// to a `;`: give it last
@@ -252,9 +255,9 @@ pub(crate) struct RecordRun {
     /// How long it may take until it is ready
     #[arg(long, value_name = "TIME", default_value = "600s", value_parser = duration)]
     pub(crate) timeout: Duration,
-    /// Read-ahead window while it is recorded: 0 gives exactly what the program touches, 128 also what the kernel asks for
-    /// beyond that
-    #[arg(long, value_name = "KIB", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=131_072))]
+    /// Read-ahead window while it is recorded, and while the trace is followed: 0 gives exactly what the program touches,
+    /// more gives fewer and larger reads, and blocks that nobody needs
+    #[arg(long, value_name = "KIB", default_value_t = RECORD_READ_AHEAD_KB, value_parser = clap::value_parser!(u32).range(..=131_072))]
     pub(crate) read_ahead_kb: u32,
     /// The profile to follow meanwhile: see `add`
     #[arg(long, value_name = "PROFILE", default_value = "none")]

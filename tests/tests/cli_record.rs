@@ -87,7 +87,7 @@ fn a_recording_holds_exactly_what_was_read_in_that_order() {
     assert_eq!(read_ahead_kb(&device), 128);
     host.ublkimg(&["record", "stop", "data-v1", "-o", "/dev/null"]).refused(3, &["data-v1", "not recorded"]);
 
-    host.ublkimg(&["record", "start", "data-v1", "--command", "read", "-x"]).success();
+    host.ublkimg(&["record", "start", "data-v1", "--read-ahead-kb", "0", "--command", "read", "-x"]).success();
     assert_eq!(read_ahead_kb(&device), 0);
     let pages = [400, 7, 8, 9, 100, 3, 400, 7];
     read_pages(&mount.join("second"), &pages);

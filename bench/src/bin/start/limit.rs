@@ -30,6 +30,8 @@ pub(crate) struct LocalStart {
     pub(crate) ready: Duration,
     /// Processor time that the machine spent meanwhile; `None` where others use it too.
     pub(crate) busy: Option<Duration>,
+    /// Of that, the registry's.
+    pub(crate) registry: Duration,
 }
 
 /// The profile whose hot blob is fetched.
@@ -49,6 +51,8 @@ pub(crate) struct HotBlob<'a> {
 pub(crate) struct Limit {
     pub(crate) bound: Bound,
     pub(crate) unpacked_blocks: u64,
+    /// The part of T* that is processor time, where it is known.
+    pub(crate) processors: Option<Duration>,
 }
 
 /// T* of `local` with `packed` over a link of `rate_mbit` and round trips of `rtt`.
@@ -96,6 +100,7 @@ pub(crate) fn packed(
         }
     }
     let tail = think + Duration::from_micros(ready_us.saturating_sub(read_us));
+    let count = processors()?;
     let bandwidth_bytes_per_s = f64::from(u32::try_from(rate_mbit)?) * 125_000.0;
     let bound = lower_bound(&Start {
         units: &units,
@@ -103,14 +108,13 @@ pub(crate) fn packed(
         tail,
         link: BoundLink { bandwidth_bytes_per_s, first_byte: rtt * ROUND_TRIPS, slow_start: None },
         lead: Duration::ZERO,
-        decode: Some(BoundDecode { workers: processors()?, bytes_per_s: decode_bytes_per_s }),
-        processors: match local.busy {
-            // Serving from the store is part of what the local start spent.
-            Some(program) => Some(BoundProcessors { count: processors()?, program, serving: Duration::ZERO }),
-            None => None,
-        },
+        decode: Some(BoundDecode { workers: count, bytes_per_s: decode_bytes_per_s }),
+        // Serving from the store is part of what the local start spent.
+        processors: local.busy.map(|program| BoundProcessors { count, program, serving: Duration::ZERO }),
     });
-    Ok(Limit { bound, unpacked_blocks })
+    let decode = Duration::from_secs_f64(f64::from(packed.table.blocks()) * 4096.0 / decode_bytes_per_s);
+    let processors = local.busy.map(|busy| (busy + decode) / count);
+    Ok(Limit { bound, unpacked_blocks, processors })
 }
 
 /// Rank in the profile of a block that another trace names.
@@ -119,7 +123,7 @@ fn rank_of(profile: &Trace, ranks: &Ranks, blob: &Sha256, block: u32) -> Option<
     ranks.of(u16::try_from(index).ok()?, block)
 }
 
-fn processors() -> Result<u32> {
+pub(crate) fn processors() -> Result<u32> {
     Ok(u32::try_from(std::thread::available_parallelism()?.get())?)
 }
 

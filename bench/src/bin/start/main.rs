@@ -45,9 +45,9 @@ struct Arguments {
     /// Passed on to `ublkimg add`
     #[arg(long, default_value = "auto")]
     transport: String,
-    /// Read-ahead window of the device when the profile is recorded and followed: 0 packs the blocks that are touched, 128
-    /// also those that the kernel reads beyond them
-    #[arg(long, default_value_t = 0, value_name = "KIB")]
+    /// Read-ahead window of the device when the profile is recorded and followed: 0 packs the blocks that are touched,
+    /// more also those that the kernel reads beyond them
+    #[arg(long, default_value_t = 16, value_name = "KIB")]
     read_ahead_kb: u32,
     /// Nothing else runs on this machine: the processor time that a start took is known, and T* has its term for it
     #[arg(long)]

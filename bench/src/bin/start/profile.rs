@@ -125,7 +125,9 @@ impl Profile {
             Ok(Packed {
                 bound_seconds: limit.bound.ready.as_secs_f64(),
                 warm_seconds: limit.bound.warm.as_secs_f64(),
-                busy_seconds: local.busy.map(|busy| busy.as_secs_f64()),
+                processor_seconds: limit.processors.map(|time| time.as_secs_f64()),
+                registry_seconds: local.registry.as_secs_f64(),
+                processors: limit::processors()?,
                 decode_bytes_per_s: bytes_per_s,
                 hot_bytes: self.hot_bytes(),
                 attach_bytes: self.attach_bytes,
@@ -149,7 +151,8 @@ fn local_start(bench: &Bench, workload: &Workload, file: &Path) -> Result<(Local
     let trace = load_trace(&std::fs::read(file)?)?;
     let ready = Duration::from_secs_f64(sample.ready_seconds);
     let busy = Some(Duration::from_secs_f64(sample.busy_seconds));
-    Ok((LocalStart { trace, ready, busy }, sample))
+    let registry = Duration::from_secs_f64(sample.registry_seconds);
+    Ok((LocalStart { trace, ready, busy, registry }, sample))
 }
 
 fn path_str(path: &Path) -> Result<&str> {
