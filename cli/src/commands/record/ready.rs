@@ -89,7 +89,8 @@ fn answers(authority: &str, path: &str) -> std::io::Result<bool> {
     let address = authority.to_socket_addrs()?.next().ok_or(std::io::ErrorKind::NotFound)?;
     let mut stream = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)?;
     stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {authority}\r\n\r\n")?;
+    // In one piece: a server that answers after its first read, and closes, would reset the rest.
+    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {authority}\r\n\r\n").as_bytes())?;
     let mut head = [0; 12];
     stream.read_exact(&mut head)?;
     Ok(head.starts_with(b"HTTP/1.") && matches!(head[9], b'2' | b'3'))
@@ -119,12 +120,13 @@ mod tests {
     fn an_answer_that_is_no_error_is_readiness() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let authority = listener.local_addr().unwrap().to_string();
+        let asked = authority.clone();
         let server = std::thread::spawn(move || {
             for answer in ["HTTP/1.1 503 No\r\n\r\n", "HTTP/1.1 204 Yes\r\n\r\n"] {
                 let (mut stream, _) = listener.accept().unwrap();
-                let mut request = [0; 512];
-                let len = stream.read(&mut request).unwrap();
-                assert!(request[..len].starts_with(b"GET /x HTTP/1.0\r\n"));
+                let mut request = vec![0; format!("GET /x HTTP/1.0\r\nHost: {asked}\r\n\r\n").len()];
+                stream.read_exact(&mut request).unwrap();
+                assert!(request.starts_with(b"GET /x HTTP/1.0\r\n"));
                 stream.write_all(answer.as_bytes()).unwrap();
             }
         });
