@@ -6,7 +6,8 @@
 //! read different archives from the same bytes (CVE-2025-62518, RUSTSEC-2026-0068), so the rule here is: what is not
 //! clear is an error. Where readers differ legitimately we do as Go's `archive/tar`, which every container engine uses:
 //!
-//! - links, directories, devices and fifos have no data, whatever their size field says;
+//! - links, directories, devices and fifos have no data, whatever their size field says; a hard link that is not followed
+//!   by a header does have some, which is that of its target and skipped;
 //! - PAX `path`, `linkpath`, `size`, `uid`, `gid` and `mtime` beat GNU long names, which beat the header;
 //! - the archive ends at two zero blocks or at the end of the input; what follows is ignored.
 

@@ -33,6 +33,8 @@ pub(crate) struct TarReader<R> {
     data_left: u64,
     padding_left: u64,
     sparse: Option<SparseMap>,
+    /// A block that was looked at and belongs to what comes next.
+    ahead: Option<[u8; BLOCK]>,
     ended: bool,
 }
 
@@ -48,7 +50,16 @@ struct Extensions {
 
 impl<R: Read> TarReader<R> {
     pub(crate) fn new(input: R) -> Self {
-        Self { input, position: 0, globals: Records::new(), data_left: 0, padding_left: 0, sparse: None, ended: false }
+        Self {
+            input,
+            position: 0,
+            globals: Records::new(),
+            data_left: 0,
+            padding_left: 0,
+            sparse: None,
+            ahead: None,
+            ended: false,
+        }
     }
 
     /// The next entry; `None` at the end of the archive. Content of the entry before that was not read is skipped.
@@ -61,7 +72,9 @@ impl<R: Read> TarReader<R> {
         while let Some(block) = self.header_block()? {
             let at = self.position - BLOCK as u64;
             let header = Header::from_bytes(&block);
-            header.verify_checksum().map_err(|_| malformed_at(at, Malformed("header checksum")))?;
+            if !has_good_checksum(&block) {
+                return Err(malformed_at(at, Malformed("header checksum")));
+            }
             match header.entry_type() {
                 EntryType::XHeader | EntryType::Other(b'X') => {
                     let data = self.extension(header, &mut extensions.bytes, at)?;
@@ -138,12 +151,17 @@ impl<R: Read> TarReader<R> {
     }
 
     fn skip_rest(&mut self) -> Result<()> {
-        let left = std::mem::take(&mut self.data_left) + std::mem::take(&mut self.padding_left);
+        let (data, padding) = (std::mem::take(&mut self.data_left), std::mem::take(&mut self.padding_left));
         self.sparse = None;
-        let skipped = std::io::copy(&mut self.input.by_ref().take(left), &mut std::io::sink())
+        let skipped = std::io::copy(&mut self.input.by_ref().take(data + padding), &mut std::io::sink())
             .map_err(|error| Error::io("reading tar", error))?;
         self.position += skipped;
-        if skipped < left { Err(self.truncated()) } else { Ok(()) }
+        if skipped < data {
+            return Err(self.truncated());
+        }
+        // Some writers end an archive with the last byte of data.
+        self.ended |= skipped < data + padding;
+        Ok(())
     }
 
     /// The next header; `None` at the end. One zero block is the end only if nothing but zeros follows it at once.
@@ -169,6 +187,10 @@ impl<R: Read> TarReader<R> {
 
     /// A whole block, or `None` at the end of the input.
     fn block_or_end(&mut self) -> Result<Option<[u8; BLOCK]>> {
+        if let Some(block) = self.ahead.take() {
+            self.position += BLOCK as u64;
+            return Ok(Some(block));
+        }
         let mut block = [0_u8; BLOCK];
         let mut filled = 0;
         while filled < BLOCK {
@@ -223,8 +245,25 @@ impl<R: Read> TarReader<R> {
             self.sparse =
                 self.sparse_map(header, extensions).map_err(|error| error.within(crate::path::show(&path)))?;
             *size_bytes = self.sparse.as_ref().map_or(stored_bytes, |map| map.size_bytes);
+        } else if matches!(entry.kind, EntryKind::HardLink(_)) && stored_bytes > 0 {
+            self.find_link_data(stored_bytes).map_err(|error| error.within(crate::path::show(&path)))?;
         }
         Ok(entry)
+    }
+
+    /// Tells a hard link that carries the file once more (`pax -o linkdata`) from one that only says its size: in front
+    /// of data there is no header. Where Go's reader finds an entry, so does this.
+    fn find_link_data(&mut self, stored_bytes: u64) -> Result<()> {
+        let Some(block) = self.block_or_end()? else { return Ok(()) };
+        if block.iter().all(|byte| *byte == 0) || has_good_checksum(&block) {
+            self.position -= BLOCK as u64;
+            self.ahead = Some(block);
+            return Ok(());
+        }
+        let padded_bytes = stored_bytes.checked_next_multiple_of(BLOCK as u64).ok_or(Malformed("size"))?;
+        self.data_left = stored_bytes.saturating_sub(BLOCK as u64);
+        self.padding_left = padded_bytes - stored_bytes.max(BLOCK as u64);
+        self.skip_rest()
     }
 
     /// The sparse map of a file, if it has one. What the map takes of the data is no longer in `data_left`.
@@ -425,6 +464,15 @@ impl From<Malformed> for Error {
     fn from(Malformed(what): Malformed) -> Self {
         Self::bad_source(format!("tar archive: bad {what}"))
     }
+}
+
+/// Some old archivers summed signed bytes.
+fn has_good_checksum(block: &[u8; BLOCK]) -> bool {
+    const FIELD: std::ops::Range<usize> = 148..156;
+    let summed = || block.iter().enumerate().map(|(at, byte)| if FIELD.contains(&at) { b' ' } else { *byte });
+    let signed: i64 = summed().map(|byte| i64::from(byte.cast_signed())).sum();
+    let unsigned: i64 = summed().map(i64::from).sum();
+    number(&block[FIELD]).is_some_and(|sum| sum == unsigned || sum == signed)
 }
 
 fn malformed_at(position: u64, Malformed(what): Malformed) -> Error {

@@ -56,6 +56,44 @@ fn plain_files_and_ends() {
 }
 
 #[test]
+fn an_archive_may_end_with_the_last_byte_of_data() {
+    let bytes = tar().file("a", b"hello").unfinished();
+    for len in [517, 518, 1023] {
+        assert_eq!(read(&bytes[..len]).unwrap()[0].1, b"hello", "{len} bytes");
+    }
+    assert!(read(&bytes[..516]).is_err());
+}
+
+#[test]
+fn checksums_of_signed_bytes_are_good_too() {
+    let mut header = HeaderBuilder::new(b'0', "").finish();
+    header[..2].copy_from_slice(b"\xc3\xa9");
+    header[148..156].fill(b' ');
+    let sum: i32 = header.iter().map(|byte| i32::from(byte.cast_signed())).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    assert_eq!(only(tar().raw(&header)).0.path, b"\xc3\xa9");
+}
+
+#[test]
+fn hard_links_carry_data_only_where_no_header_follows() {
+    let link = |size| HeaderBuilder::new(b'1', "b").link("a").size(size);
+    let archives = [
+        tar().entry(link(700), b"").file("c", b"1"),
+        tar().entry(link(700), &[7; 700]).file("c", b"1"),
+        tar().entry(link(1), b"7").file("c", b"1"),
+    ];
+    for archive in archives {
+        let entries = read(&archive.finish()).unwrap();
+        let paths: Vec<&[u8]> = entries.iter().map(|(entry, _)| entry.path.as_slice()).collect();
+        assert_eq!(paths, [b"b", b"c"]);
+        assert_eq!((&entries[0].1[..], &entries[1].1[..]), (&b""[..], &b"1"[..]));
+    }
+    assert_eq!(read(&tar().entry(link(700), b"").finish()).unwrap().len(), 1);
+    assert_eq!(read(&tar().entry(link(700), b"").unfinished()).unwrap().len(), 1);
+    assert!(read(&tar().entry(link(700), &[7; 100]).unfinished()).is_err());
+}
+
+#[test]
 fn damaged_archives_are_refused() {
     let bytes = tar().file("a", &[1; 2000]).finish();
     for len in [1, 511, 513, 600, 2500] {
