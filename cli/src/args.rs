@@ -229,6 +229,9 @@ pub(crate) struct RecordStop {
     /// Where to write the trace
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: PathBuf,
+    /// Also write what happened since the image was attached, for `trace plot` to draw
+    #[arg(long, value_name = "FILE")]
+    pub(crate) events: Option<PathBuf>,
 }
 
 /// One recorded run of the image: attached, mounted below a writable layer in memory, run by runc, all of it gone after.
@@ -240,6 +243,9 @@ pub(crate) struct RecordRun {
     /// Where to write the trace
     #[arg(short, long, value_name = "FILE", required = true)]
     pub(crate) output: Option<PathBuf>,
+    /// Also write what happened since the image was attached, for `trace plot` to draw
+    #[arg(long, value_name = "FILE")]
+    pub(crate) events: Option<PathBuf>,
     /// Ready when this URL (plain HTTP) answers with 200 to 399; the container has the host's network
     #[arg(long, value_name = "URL", group = "readiness")]
     pub(crate) ready_http: Option<String>,
@@ -321,6 +327,9 @@ pub(crate) struct Ls {
 pub(crate) struct Status {
     /// The device's name, its mount point, or its path
     pub(crate) target: String,
+    /// Also write what happened since the image was attached, for `trace plot` to draw
+    #[arg(long, value_name = "FILE")]
+    pub(crate) events: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -30,6 +30,7 @@ use ublkimg_scheduler::{BlobKey, BlobKind, ChunkKey, Class, FetchKey};
 use crate::counters::ImageCounters;
 use crate::decode::{DecodeJob, DecodeQueue, Decoders};
 use crate::error::{Error, Result};
+use crate::start_events::Get;
 use crate::store::BlobFile;
 
 /// News that wait for the engine. It takes microseconds for each; who finds no room waits for it.
@@ -252,6 +253,19 @@ impl Download {
         heard: &mut Instant,
         pause: Duration,
     ) -> Result<(), Trouble> {
+        let mut get = Get::begin();
+        let read = self.read_answer(source, heard, pause, &mut get).await;
+        source.counters.events.fetched(self.job.order.class.into(), &get);
+        read
+    }
+
+    async fn read_answer(
+        &mut self,
+        source: &Arc<Source>,
+        heard: &mut Instant,
+        pause: Duration,
+        get: &mut Get,
+    ) -> Result<(), Trouble> {
         let chunks = self.job.order.chunks.clone();
         let start = source.index.chunk(chunks.start).stored.start + self.frame.len() as u64;
         let range = start..source.index.chunk(chunks.end - 1).stored.end;
@@ -271,6 +285,7 @@ impl Download {
                 Err(_) => return Err(self.trouble(source, None, deadline, pause)),
             };
             *heard = Instant::now();
+            get.came(piece.len());
             if !self.begun {
                 self.begun = true;
                 tell(&self.progress, Progress::FirstByte(self.job.order.fetch));

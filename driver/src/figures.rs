@@ -2,7 +2,8 @@
 //!
 //! The lower bound T* is computed from the trace of this very start if it was recorded, else from the trace that was
 //! followed: the reads in order with the thinking between them, the chunks and frames that hold them, and the estimate of
-//! the link. Its zero is the moment at which fetching could begin, as for the time to ready beside it.
+//! the link. Its zero is the moment at which attaching began, as for the time to ready beside it; nothing can be fetched
+//! before what names it is here, so that time is in the bound.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -18,7 +19,7 @@ use crate::daemon::protocol::FillMode;
 use crate::first_reads::FirstReadStatistics;
 use crate::image::{ServedImage, UnitKey};
 
-/// What `status` says about the start of a device. Times are in microseconds since fetching could begin.
+/// What `status` says about the start of a device. Times are in microseconds since attaching began.
 #[derive(Debug, Default, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StartFigures {
     /// When the program was ready, if it said so.
@@ -108,7 +109,7 @@ pub struct BoundFigures {
 /// When a start was ready.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ReadyAt {
-    /// Since fetching could begin.
+    /// Since attaching began.
     pub(crate) elapsed_us: u64,
     /// The same without what it waited for the network.
     pub(crate) clock_us: u64,
@@ -136,7 +137,7 @@ pub(crate) fn bound(
         tail: Duration::from_micros(tail_us),
         link: BoundLink {
             bandwidth_bytes_per_s: as_float(link.bandwidth_bytes_per_second),
-            first_byte: link.round_trip,
+            first_byte: Duration::from_micros(image.events().fetching_since_us()) + link.round_trip,
             slow_start: None,
         },
         lead: Duration::ZERO,

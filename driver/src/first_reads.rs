@@ -16,11 +16,13 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::queue::ArrayQueue;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+
+use crate::start_events::ReadOutcome;
 
 /// First reads that wait for the recorder: 1.5 MiB while one runs. It looks every 250 ms at the latest, so that this is
 /// enough for 260 000 first reads a second, more than a queue thread answers; what is beyond is counted as lost.
@@ -59,8 +61,21 @@ impl Waited {
 /// One request of the device, from its arrival to its answer. Made by `ServedImage::begin`, ended by `answered`.
 #[derive(Debug, Default)]
 pub struct DeviceRead {
-    is_first: bool,
+    /// When it came, and the blocks that it reads for the first time; none if there are none.
+    first: Option<(Instant, u32)>,
     waiting: Option<(Instant, Arc<Waited>)>,
+}
+
+/// How a first read ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FirstReadEnd {
+    pub(crate) outcome: ReadOutcome,
+    /// When it came.
+    pub(crate) at: Instant,
+    /// Blocks that it read for the first time.
+    pub(crate) blocks: u32,
+    /// How long it waited.
+    pub(crate) stall: Duration,
 }
 
 /// How the requests went that read a block for the first time.
@@ -110,11 +125,11 @@ pub(crate) struct FirstReads {
 }
 
 impl FirstReads {
-    /// For a device whose layer blobs lie at `blocks`.
-    pub(crate) fn new(blocks: Range<u32>) -> Self {
+    /// For a device whose layer blobs lie at `blocks`, and which began to be attached at `began`.
+    pub(crate) fn new(blocks: Range<u32>, began: Instant) -> Self {
         let words = blocks.len().div_ceil(u64::BITS as usize);
         Self {
-            began: Instant::now(),
+            began,
             blocks,
             seen: (0..words).map(|_| AtomicU64::new(0)).collect(),
             hits: AtomicU64::new(0),
@@ -138,20 +153,22 @@ impl FirstReads {
         if blocks.is_empty() || !self.any_new(&blocks) {
             return DeviceRead::default();
         }
-        let at_us = self.start_clock_us();
+        let at = Instant::now();
+        let at_us = self.start_clock_us_at(at);
         let is_recording = self.is_recording.load(Ordering::Acquire);
         let mut new_blocks = 0;
         self.mark(&blocks, |run| {
-            new_blocks += u64::from(run.end - run.start);
+            new_blocks += run.end - run.start;
             if is_recording {
                 self.record(&FirstRead { start_block: run.start, len_blocks: run.end - run.start, at_us });
             }
         });
-        if new_blocks > 0 {
-            self.seen_blocks.fetch_add(new_blocks, Ordering::Relaxed);
-            self.first_at_us.fetch_min(at_us, Ordering::Relaxed);
+        if new_blocks == 0 {
+            return DeviceRead::default();
         }
-        DeviceRead { is_first: new_blocks > 0, waiting: None }
+        self.seen_blocks.fetch_add(u64::from(new_blocks), Ordering::Relaxed);
+        self.first_at_us.fetch_min(at_us, Ordering::Relaxed);
+        DeviceRead { first: Some((at, new_blocks)), waiting: None }
     }
 
     /// The request is about to wait. Gives what the engine notes the reason in.
@@ -171,14 +188,30 @@ impl FirstReads {
         waited
     }
 
-    /// The request was answered, with data or with an error.
-    pub(crate) fn answered(&self, read: &DeviceRead, with_data: bool) {
-        let Some((since, waited)) = &read.waiting else {
-            if read.is_first && with_data {
-                self.hits.fetch_add(1, Ordering::Relaxed);
+    /// The request was answered, with data or with an error; says how it went if it is a first read.
+    pub(crate) fn answered(&self, read: &DeviceRead, with_data: bool) -> Option<FirstReadEnd> {
+        let (outcome, stall) = match &read.waiting {
+            None => (ReadOutcome::Hit, Duration::ZERO),
+            Some((since, waited)) => {
+                self.waits_no_more();
+                let outcome = if waited.is_miss() { ReadOutcome::Miss } else { ReadOutcome::LateHit };
+                (outcome, since.elapsed())
             }
-            return;
         };
+        let (at, blocks) = read.first.filter(|_| with_data)?;
+        let counter = match outcome {
+            ReadOutcome::Hit => &self.hits,
+            ReadOutcome::LateHit => &self.late_hits,
+            ReadOutcome::Miss => &self.misses,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        if outcome != ReadOutcome::Hit {
+            self.stall_us.fetch_add(micros(stall.as_micros()), Ordering::Relaxed);
+        }
+        Some(FirstReadEnd { outcome, at, blocks, stall })
+    }
+
+    fn waits_no_more(&self) {
         let mut waiting = self.waiting.lock();
         waiting.requests -= 1;
         if waiting.requests == 0 {
@@ -186,23 +219,22 @@ impl FirstReads {
             self.stood_still_us.fetch_add(stood_still_us, Ordering::AcqRel);
             self.waiting_since_us.store(NEVER_US, Ordering::Release);
         }
-        drop(waiting);
-        if read.is_first && with_data {
-            let counter = if waited.is_miss() { &self.misses } else { &self.late_hits };
-            counter.fetch_add(1, Ordering::Relaxed);
-            self.stall_us.fetch_add(micros(since.elapsed().as_micros()), Ordering::Relaxed);
-        }
     }
 
-    /// Time since the image was attached without that in which a request waited.
+    /// Time since attaching began without that in which a request waited.
     pub(crate) fn start_clock_us(&self) -> u64 {
+        self.start_clock_us_at(Instant::now())
+    }
+
+    fn start_clock_us_at(&self, at: Instant) -> u64 {
         let waiting_since_us = self.waiting_since_us.load(Ordering::Acquire);
         let stood_still_us = self.stood_still_us.load(Ordering::Acquire);
         // Between the two loads a wait may have ended: the clock is then early by it for this once.
-        self.elapsed_us().min(waiting_since_us).saturating_sub(stood_still_us)
+        let elapsed_us = micros(at.saturating_duration_since(self.began).as_micros());
+        elapsed_us.min(waiting_since_us).saturating_sub(stood_still_us)
     }
 
-    /// Time since the image was attached.
+    /// Time since attaching began.
     pub(crate) fn elapsed_us(&self) -> u64 {
         micros(self.began.elapsed().as_micros())
     }
@@ -322,7 +354,7 @@ mod tests {
 
     #[test]
     fn each_block_is_new_once_and_runs_are_whole() {
-        let reads = FirstReads::new(10..1000);
+        let reads = FirstReads::new(10..1000, Instant::now());
         assert!(reads.start_recording());
         assert!(!reads.start_recording(), "one recorder at a time");
         for (start, end) in [(0, 20), (15, 200), (12, 15), (300, 301), (290, 310), (900, 5000), (0, 10), (1000, 1256)] {
@@ -339,7 +371,7 @@ mod tests {
 
     #[test]
     fn a_wait_is_a_late_hit_or_a_miss_and_stops_the_clock() {
-        let reads = FirstReads::new(0..100);
+        let reads = FirstReads::new(0..100, Instant::now());
         let mut late = reads.begin(0..1);
         let mut missing = reads.begin(1..2);
         let mut known = reads.begin(0..2);
@@ -363,7 +395,7 @@ mod tests {
 
     #[test]
     fn an_answer_that_is_an_error_is_no_read() {
-        let reads = FirstReads::new(0..100);
+        let reads = FirstReads::new(0..100, Instant::now());
         let mut read = reads.begin(0..1);
         reads.wait(&mut read);
         reads.answered(&read, false);
@@ -372,7 +404,7 @@ mod tests {
 
     #[test]
     fn what_there_is_no_room_for_is_counted() {
-        let reads = FirstReads::new(0..u32::try_from(PENDING_MAX).unwrap() + 7);
+        let reads = FirstReads::new(0..u32::try_from(PENDING_MAX).unwrap() + 7, Instant::now());
         reads.start_recording();
         for block in reads.blocks.clone() {
             reads.begin(block..block + 1);
@@ -383,7 +415,7 @@ mod tests {
     proptest! {
         #[test]
         fn like_a_set_of_blocks(ranges in prop::collection::vec((0u32..600, 1u32..200), 1..40)) {
-            let reads = FirstReads::new(70..500);
+            let reads = FirstReads::new(70..500, Instant::now());
             reads.start_recording();
             let mut seen = BTreeSet::new();
             for (start, len) in ranges {

@@ -21,6 +21,7 @@ use crate::engine::{Attachment, ImageReport};
 use crate::error::{Error, ErrorKind, Result};
 use crate::first_reads::{DeviceRead, FirstReads, Waited};
 use crate::hot::{HotMap, Withdrawn};
+use crate::start_events::StartEvents;
 use crate::store::BlobFile;
 
 pub(crate) use units::UnitKey;
@@ -217,7 +218,7 @@ impl ServedImage {
         let of_blobs = blobs.iter().chain(hot.as_ref().map(|hot| &hot.blob)).map(|blob| Arc::clone(blob.file.file()));
         let files = std::iter::once(metadata).chain(of_blobs).collect();
         let blob_blocks = map.metadata_blocks()..map.total_blocks() - TAIL_BLOCKS;
-        let first_reads = FirstReads::new(blob_blocks);
+        let first_reads = FirstReads::new(blob_blocks, counters.events.began());
         Ok(Self { map, files, blobs, hot, counters, first_reads, attachment })
     }
 
@@ -255,6 +256,11 @@ impl ServedImage {
     #[must_use]
     pub fn metadata_bytes(&self) -> u64 {
         offset_of(self.map.metadata_blocks())
+    }
+
+    /// What happened since attaching began.
+    pub(crate) fn events(&self) -> &StartEvents {
+        &self.counters.events
     }
 
     /// What was read so far, and how that went.
@@ -408,7 +414,9 @@ impl ServedImage {
     /// To be called by the device once for each request: with the length when it is answered with data, else with the
     /// positive errno.
     pub fn answered(&self, read: &DeviceRead, outcome: Result<u32, i32>) {
-        self.first_reads.answered(read, outcome.is_ok());
+        if let Some(end) = self.first_reads.answered(read, outcome.is_ok()) {
+            self.counters.events.read(end.outcome, end.at, end.blocks, end.stall);
+        }
         match outcome {
             Ok(len_bytes) => {
                 self.counters.reads.fetch_add(1, Ordering::Relaxed);

@@ -22,6 +22,7 @@ mod profile_fixture;
 #[cfg(test)]
 mod profile_tests;
 mod recorder;
+pub mod start_events;
 pub mod store;
 #[cfg(test)]
 mod tests;

@@ -162,6 +162,76 @@ fn the_second_start_on_a_host_follows_the_first() {
     host.end();
 }
 
+/// The events of a file, those of one kind.
+fn events(file: &Path, kind: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(file).unwrap();
+    let events = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    events.filter(|event| event.get(kind).is_some()).collect()
+}
+
+#[test]
+fn the_events_of_a_start_add_up_to_its_figures() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = host_with_data();
+    let files = ["a.trace", "recorded", "followed", "start.svg"].map(|name| host.root.join(name));
+    let [trace, recorded, followed, picture] = files.each_ref().map(|file| file.to_str().unwrap());
+    let mount = add(&host, &["--no-record"]);
+    host.ublkimg(&["record", "start", "data-v1", "--read-ahead-kb", "0"]).success();
+    let pages: Vec<u32> = (0..FILE_BLOCKS).step_by(7).rev().collect();
+    read_pages(&mount.join("first"), &pages);
+    host.ublkimg(&["record", "stop", "data-v1", "-o", trace, "--events", recorded]).success();
+    assert_eq!(events(&files[1], "read").len(), pages.len());
+    host.ublkimg(&["rm", "data-v1"]).success();
+    let reference = host.registry.reference("data", "v1");
+    host.ublkimg(&["optimize", &reference, "--trace", trace, "--default"]).success();
+    host.ublkimg(&["daemon", "--stop"]).success();
+    std::fs::remove_dir_all(host.root.join("store")).unwrap();
+
+    let mount = add(&host, &[]);
+    read_pages(&mount.join("first"), &pages);
+    // Nobody foretold these.
+    read_pages(&mount.join("second"), &[300, 301]);
+    host.ublkimg(&["ready", "data-v1"]).success();
+    let status = host.ublkimg(&["status", "--json", "data-v1", "--events", followed]).success().stdout;
+    let status: Value = serde_json::from_str(&status).unwrap();
+    let start = &status["start"];
+    assert_eq!(start["profile"]["has_hot_blob"], true, "{start}");
+
+    let sum = |events: &[&Value], of: &str| events.iter().map(|event| event[of].as_u64().unwrap()).sum::<u64>();
+    let (reads, fetches) = (events(&files[2], "read"), events(&files[2], "fetch"));
+    let all: Vec<&Value> = reads.iter().collect();
+    let first_reads = &start["first_reads"];
+    for (outcome, figure) in [("hit", "hits"), ("late-hit", "late_hits"), ("miss", "misses")] {
+        let count = reads.iter().filter(|read| read["read"] == outcome).count();
+        assert_eq!(first_reads[figure].as_u64().unwrap(), count as u64, "{outcome}: {start}");
+    }
+    assert!(first_reads["misses"].as_u64().unwrap() > 0, "{start}");
+    assert_eq!(sum(&all, "blocks"), first_reads["blocks"]);
+    assert_eq!(sum(&all, "stall_us"), first_reads["stall_us"]);
+    assert_eq!(fetches.len() as u64, status["counters"]["registry_requests"]);
+    let of_class = |wanted: &[&str]| -> Vec<&Value> {
+        fetches.iter().filter(|fetch| wanted.contains(&fetch["fetch"].as_str().unwrap())).collect()
+    };
+    let ahead = of_class(&["trace", "read-ahead", "fill"]);
+    let demand = of_class(&["demand"]);
+    assert_eq!(ahead.len() as u64, start["prefetch_requests"]);
+    assert_eq!(sum(&ahead, "bytes"), start["prefetch_bytes"]);
+    assert_eq!(demand.len() as u64, start["demand_requests"]);
+    assert_eq!(sum(&demand, "bytes"), start["demand_bytes"]);
+    let marks = events(&files[2], "mark");
+    let at = |name: &str| marks.iter().find(|mark| mark["mark"] == name).unwrap()["at_us"].as_u64().unwrap();
+    assert!(at("profile") <= at("device") && at("manifest") <= at("device") && at("device") <= at("mount"));
+    assert!(at("mount") <= at("ready") && at("ready").abs_diff(start["ready_us"].as_u64().unwrap()) < 1000);
+
+    host.ublkimg(&["trace", "plot", followed, "-o", picture]).success();
+    let picture = std::fs::read_to_string(&files[3]).unwrap();
+    assert!(picture.contains(&format!(">hit: {}<", first_reads["hits"])), "{picture}");
+    assert!(picture.contains(">ready<") && picture.contains(">by trace<"), "{picture}");
+    host.end();
+}
+
 #[test]
 fn a_killed_server_costs_the_end_of_a_recording() {
     if let Some(reason) = host::lacking() {

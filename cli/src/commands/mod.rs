@@ -5,6 +5,7 @@ mod convert;
 mod daemon;
 mod docs;
 mod doctor;
+mod events;
 mod fill;
 mod inspect;
 mod ls;

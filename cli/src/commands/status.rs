@@ -22,6 +22,9 @@ pub(super) fn run(global: &Global, command: &Status) -> anyhow::Result<()> {
     let directories = super::directories(global)?;
     let device = find(&directories, &command.target)?;
     let start = figures(&directories, &device.name)?;
+    if let Some(path) = &command.events {
+        super::events::write(&directories, &device.name, path)?;
+    }
     if command.json {
         return output::json(&Detail { device: &device, start: &start });
     }

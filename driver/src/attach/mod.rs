@@ -29,6 +29,7 @@ use crate::engine::{AddedBlob, Attachment, Engine, NewBlob};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::Source;
 use crate::image::{ServedBlob, ServedImage};
+use crate::start_events::{FetchClass, Get, Mark};
 use crate::store::Store;
 
 mod plan;
@@ -197,9 +198,9 @@ impl<'a> Attaching<'a> {
             return Ok(Named { digest, manifest: Some(manifest), is_stored: true, index: None });
         }
         let what = || format!("resolve {}", self.location);
-        self.count_request();
+        let get = self.begin_get();
         let resolved = self.repository.resolve().await.map_err(|error| Error::registry(what(), error))?;
-        self.count_bytes(resolved.bytes.len());
+        self.end_get(get, resolved.bytes.len());
         let is_index = matches!(resolved.media_type.as_str(), MEDIA_TYPE_INDEX | MEDIA_TYPE_DOCKER_LIST);
         if !is_index {
             let (digest, manifest) = (resolved.digest, Some(resolved.bytes));
@@ -217,6 +218,7 @@ impl<'a> Attaching<'a> {
             None => self.fetch_manifest(named.digest).await?,
         };
         let manifest = parse(named.digest, &bytes)?;
+        self.counters.events.mark(Mark::Manifest);
         Ok((bytes, manifest))
     }
 
@@ -225,10 +227,10 @@ impl<'a> Attaching<'a> {
     }
 
     async fn fetch_manifest(&self, digest: Digest) -> Result<Bytes> {
-        self.count_request();
+        let get = self.begin_get();
         let manifest = self.repository.manifest(&digest).await;
         let manifest = manifest.map_err(|error| Error::registry(format!("fetch manifest {digest}"), error))?;
-        self.count_bytes(manifest.len());
+        self.end_get(get, manifest.len());
         Ok(manifest)
     }
 
@@ -243,7 +245,7 @@ impl<'a> Attaching<'a> {
             return Ok(blob);
         }
         let what = || format!("fetch {what} {digest}");
-        self.count_request();
+        let get = self.begin_get();
         let reader = self.repository.blob(&digest, size_bytes).await;
         let mut reader = reader.map_err(|error| Error::registry(what(), error))?;
         let mut blob = Vec::new();
@@ -252,7 +254,7 @@ impl<'a> Attaching<'a> {
             Ok(error) => Error::registry(what(), error),
             Err(error) => Error::io(what(), error),
         })?;
-        self.count_bytes(blob.len());
+        self.end_get(get, blob.len());
         let blob = Bytes::from(blob);
         self.keep(digest, blob.clone()).await?;
         Ok(blob)
@@ -293,6 +295,7 @@ impl<'a> Attaching<'a> {
             None => (None, None),
         };
         let blobs = layers.into_iter().map(|layer| ServedBlob::new(layer.key, layer.file, layer.index)).collect();
+        self.counters.events.fetching_begins();
         let metadata = Arc::new(prepared.metadata);
         let (counters, attachment) = (Arc::clone(&self.counters), Some(self.attachment));
         let image = ServedImage::new(metadata, prepared.metadata_blocks, blobs, hot, counters, attachment)?;
@@ -326,11 +329,14 @@ impl<'a> Attaching<'a> {
         if self.stored(digest).await?.is_some() { Ok(()) } else { self.keep(digest, bytes).await }
     }
 
-    fn count_request(&self) {
+    fn begin_get(&self) -> Get {
         self.counters.registry_requests.fetch_add(1, Ordering::Relaxed);
+        Get::begin()
     }
 
-    fn count_bytes(&self, len_bytes: usize) {
+    fn end_get(&self, mut get: Get, len_bytes: usize) {
+        get.bytes = len_bytes as u64;
+        self.counters.events.fetched(FetchClass::Attach, &get);
         self.counters.fetched_bytes.fetch_add(len_bytes as u64, Ordering::Relaxed);
     }
 }

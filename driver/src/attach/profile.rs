@@ -23,6 +23,7 @@ use super::{AttachOptions, Attaching, Named, blocking};
 use crate::engine::{AddedBlob, NewBlob, entries};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{ServedBlob, ServedHot};
+use crate::start_events::Mark;
 use crate::store::{BlobFile, TRACE_BYTES_MAX};
 use crate::trace_file;
 
@@ -242,9 +243,17 @@ impl Attaching<'_> {
                 due: std::time::Duration::ZERO,
                 confidence: u8::MAX,
             };
+            self.profile_is_known();
             engine.set_plan(image, (0..index.len()).map(step).collect(), plan::CAP_BYTES_MIN);
         }
         Ok(Some(Hot { file, index, added }))
+    }
+
+    /// What it names is fetched from now on.
+    fn profile_is_known(&self) {
+        if self.counters.events.fetching_begins() {
+            self.counters.events.mark(Mark::Profile);
+        }
     }
 
     /// Has the engine follow a profile, now that the layers are known.
@@ -265,6 +274,7 @@ impl Attaching<'_> {
         });
         let planned = hot.as_ref().map(|(hot, _)| PlannedHot { key: hot.added.key, index: &hot.index });
         let steps = plan::steps(&trace, layers, planned);
+        self.profile_is_known();
         self.attachment.engine.set_plan(self.attachment.image, steps, plan::byte_cap(image_bytes));
         let served = hot.map(|(hot, map)| {
             let blob = ServedBlob::new(hot.added.key, hot.file, hot.index);

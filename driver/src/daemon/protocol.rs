@@ -10,12 +10,14 @@ use crate::counters::ImageStatistics;
 use crate::device::Transport;
 use crate::error::ErrorKind;
 pub use crate::figures::{BoundFigures, FillFigures, RecordingFigures, StartFigures};
+use crate::start_events::StartEvent;
 
 /// A request line may have this many bytes: a command of 128 KiB, each byte escaped, a few paths of at most 4 KiB each and
 /// the names around them.
 pub const REQUEST_MAX_BYTES: usize = 1 << 20;
 
-/// An answer line may have this many bytes: `ls` of the kernel's largest number of devices, a few KiB each.
+/// An answer line may have this many bytes: `ls` of the kernel's largest number of devices, a few KiB each, or the events
+/// of a start, 65536 of at most 110 bytes.
 pub const ANSWER_MAX_BYTES: usize = 16 << 20;
 
 /// What a command asks of the server.
@@ -44,6 +46,11 @@ pub enum Request {
     List,
     /// What the start of a device took, as far as it is known.
     Figures {
+        /// The device's name.
+        name: String,
+    },
+    /// What happened in the start of a device, event by event.
+    Events {
         /// The device's name.
         name: String,
     },
@@ -166,6 +173,8 @@ pub enum Answer {
     Devices(Vec<DeviceStatus>),
     /// To [`Request::Figures`].
     Figures(Box<StartFigures>),
+    /// To [`Request::Events`].
+    Events(Vec<StartEvent>),
     /// To [`Request::RecordStop`].
     Recorded {
         /// The trace, one zstd frame, in the store: to be copied.

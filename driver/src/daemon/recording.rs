@@ -96,6 +96,10 @@ impl Server {
         Ok(Answer::Figures(Box::new(figures)))
     }
 
+    pub(super) fn events(&self, name: &str) -> Result<Answer> {
+        self.with_device(name, |attached| Answer::Events(attached.image.events().all()))
+    }
+
     /// Gives the device the window that it should have now.
     async fn set_read_ahead(&self, name: &str) -> Result<()> {
         let path = self.with_device(name, |attached| {
@@ -125,7 +129,7 @@ impl Server {
         }
     }
 
-    fn with_device<T>(&self, name: &str, work: impl FnOnce(&mut Attached) -> T) -> Result<T> {
+    pub(super) fn with_device<T>(&self, name: &str, work: impl FnOnce(&mut Attached) -> T) -> Result<T> {
         self.attached.lock().get_mut(name).map(work).ok_or_else(|| no_device(name))
     }
 }

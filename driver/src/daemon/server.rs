@@ -30,6 +30,7 @@ use crate::device::Prepared;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recorder::recover_logs;
+use crate::start_events::Mark;
 use crate::store::Store;
 use crate::{kernel, namespace};
 
@@ -140,6 +141,7 @@ impl Server {
                 flatten(tokio::spawn(async move { self.remove(&name, force).await }).await).map(|()| Answer::Done)
             }
             Request::Figures { name } => self.figures(&name).await,
+            Request::Events { name } => self.events(&name),
             Request::RecordStart { name, command, read_ahead_kb } => {
                 let start = async move { self.record_start(&name, command, read_ahead_kb).await };
                 flatten(tokio::spawn(start).await).map(|()| Answer::Done)
@@ -233,8 +235,10 @@ impl Server {
         record.mounts.push(directory);
         let (server, written) = (Arc::clone(&self), record.clone());
         blocking(move || server.records.write(&written)).await?;
-        self.attached.lock().get_mut(name).ok_or_else(|| no_device(name))?.record = record;
-        Ok(())
+        self.with_device(name, |attached| {
+            attached.image.events().mark(Mark::Mount);
+            attached.record = record;
+        })
     }
 
     async fn remove(self: Arc<Self>, name: &str, force: bool) -> Result<()> {

@@ -17,6 +17,7 @@ use crate::error::Result;
 use crate::figures::{self, FillFigures, ProfileFigures, ReadyAt, RecordingFigures, StartFigures};
 use crate::image::ServedImage;
 use crate::recorder::{Recorded, Recorder, Replace, Subject};
+use crate::start_events::Mark;
 use crate::store::Store;
 
 /// Entries at the end of a trace that tell whether a start has got there: when half of them were read.
@@ -98,6 +99,7 @@ impl Starting {
 
     /// What a start has from its device on: the read-ahead window and the recording. Neither is worth failing for.
     pub(super) fn begin(&mut self, store: &Arc<Store>, name: &str, device: &Path) {
+        self.image.events().mark(Mark::Device);
         self.give_window(name, device);
         self.image.set_fill(of_scheduler(self.fill));
         if self.records_by_default()
@@ -147,6 +149,7 @@ impl Starting {
         let reads = self.image.first_reads();
         let ready = ReadyAt { elapsed_us: reads.elapsed_us(), clock_us: reads.start_clock_us() };
         self.ready = Some(ready);
+        self.image.events().mark(Mark::Ready);
         if let Some(recorder) = &self.recorder {
             recorder.ready(ready.clock_us);
         }

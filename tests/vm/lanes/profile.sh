@@ -24,7 +24,7 @@ add_with() { # add_with OPTION...
 }
 
 add_with --profile none --read-ahead-kb 0
-ublkimg record start one || fail "record start ended with $?"
+ublkimg record start one --read-ahead-kb 0 || fail "record start ended with $?"
 start_reads >"$WORK/expected"
 ublkimg record stop one -o "$WORK/trace" || fail "record stop ended with $?"
 ublkimg optimize "$REG/sample:one" --trace "$WORK/trace" --default --tmpdir "$WORK" --json >"$WORK/profile" ||
@@ -41,7 +41,8 @@ add_with
 start_reads >"$WORK/read"
 cmp -s "$WORK/read" "$WORK/expected" || fail "what was read is wrong"
 sent=$(stat_of bytes_sent)
-ublkimg status one --json >"$WORK/status" || fail "status ended with $?"
+ublkimg ready one || fail "ready ended with $?"
+ublkimg status one --json --events "$WORK/events" >"$WORK/status" || fail "status ended with $?"
 sed -n '/"first_reads"/,/}/p' "$WORK/status" | tail -n 7 >"$WORK/first"
 hits=$(sed -n 's/^ *"hits": \([0-9]*\).*/\1/p' "$WORK/first") late=$(sed -n 's/^ *"late_hits": \([0-9]*\).*/\1/p' "$WORK/first")
 misses=$(sed -n 's/^ *"misses": \([0-9]*\).*/\1/p' "$WORK/first")
@@ -50,5 +51,16 @@ say "hot blob $hot bytes, attach $attach bytes, sent $sent bytes; $hits hits, $l
 [ $((misses * 100)) -le $((hits + late + misses)) ] || fail "$misses misses"
 [ "$(stat_of duplicate_bytes)" = 0 ] || fail "$(stat_of duplicate_bytes) bytes were fetched twice"
 [ $((sent * 100)) -le $(((hot + attach) * 115)) ] || fail "$sent bytes for a hot blob of $hot and an attach of $attach"
+# Every first read and every request of that start is an event of its picture.
+events_of() { grep -c "^{\"$1\":\"$2\"" "$WORK/events" || true; }
+[ "$(events_of read hit)" = "$hits" ] || fail "$(events_of read hit) events of $hits hits"
+[ "$(events_of read late-hit) $(events_of read miss)" = "$late $misses" ] || fail "events of other reads than $late and $misses"
+requests=$(sed -n 's/^ *"prefetch_requests": \([0-9]*\).*/\1/p' "$WORK/status")
+[ "$(events_of fetch trace)" = "$requests" ] || fail "$(events_of fetch trace) events of $requests requests for the profile"
+for mark in manifest profile device mount ready; do
+  [ "$(events_of mark $mark)" = 1 ] || fail "$(events_of mark $mark) marks $mark"
+done
+ublkimg trace plot "$WORK/events" -o "$WORK/start.svg" || fail "trace plot ended with $?"
+grep -q ">hit: $hits<" "$WORK/start.svg" || fail "the picture does not tell of $hits hits"
 ublkimg rm one || fail "rm ended with $?"
 finish

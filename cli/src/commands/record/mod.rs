@@ -26,7 +26,11 @@ pub(super) fn run(global: &Global, command: &Record) -> anyhow::Result<()> {
         Some(RecordAction::Stop(stop)) => {
             let directories = super::directories(global)?;
             let device = status::find(&directories, &stop.target)?;
-            output::line(&end(&directories, &device.name, &stop.output)?)
+            let written = end(&directories, &device.name, &stop.output)?;
+            if let Some(events) = &stop.events {
+                super::events::write(&directories, &device.name, events)?;
+            }
+            output::line(&written)
         }
     }
 }

@@ -21,7 +21,7 @@ use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_registry::erofs_manifest::ErofsManifest;
 use ublkimg_registry::{Digest, Repository};
 
-use super::super::{add, status};
+use super::super::{add, events, status};
 use super::bundle::{Bundle, ImageConfig};
 use super::cleanup::{Container, Device, Directory, Mount};
 use super::ready::Readiness;
@@ -98,6 +98,9 @@ fn record(global: &Global, command: &RecordRun, interrupted: &AtomicBool) -> any
     client::ask(&directories, &Request::Ready { name: name.clone() }, client::ANSWER_MARGIN)?;
     let written = super::end(&directories, &name, output)?;
     let start = status::figures(&directories, &name)?;
+    if let Some(path) = &command.events {
+        events::write(&directories, &name, path)?;
+    }
     drop(container);
     drop(overlay);
     drop(device);

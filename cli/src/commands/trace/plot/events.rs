@@ -17,6 +17,7 @@ const LINES_MAX: usize = 1 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Class {
+    Attach,
     Demand,
     Trace,
     ReadAhead,

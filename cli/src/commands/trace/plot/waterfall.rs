@@ -6,7 +6,8 @@ use super::{HEIGHT, LOWER_HEIGHT, seconds};
 use crate::svg::{Axis, Picture, Plot};
 
 /// Classes of fetches in the order of the legend.
-const CLASSES: [(Class, &str, &str); 5] = [
+const CLASSES: [(Class, &str, &str); 6] = [
+    (Class::Attach, "#2f8f8f", "to attach"),
     (Class::Demand, "#c2410c", "fetched on demand"),
     (Class::Trace, "#2563ad", "by trace"),
     (Class::ReadAhead, "#7c5cbf", "read-ahead"),
