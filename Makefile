@@ -15,7 +15,9 @@ LANES := lanes
 
 FUZZ_SECONDS := 600
 
-.PHONY: build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate demo demo-vm starts starts-vm docs uml-kernel clean-caches
+POWERCUT_SEEDS := 200
+
+.PHONY: powercut build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate demo demo-vm starts starts-vm docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -64,6 +66,9 @@ fuzz: deps
 
 fuzz-long: deps ## fuzzes each target for FUZZ_SECONDS, going on where the last run ended
 	@fuzz/run.sh --seconds $(FUZZ_SECONDS)
+
+powercut: deps ## cuts the power after every step of POWERCUT_SEEDS workloads of the store; `make unit` does three
+	UBLKIMG_POWERCUT_SEEDS=$(POWERCUT_SEEDS) cargo test -p ublkimg-driver --lib $(PROFILE) -- --nocapture power_cut
 
 guest-tests: programs
 	@tests/vm/guest-tests.sh $(BIN) $(PROFILE)

@@ -22,7 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::first_reads::{DeviceRead, FirstReads, Waited};
 use crate::hot::{HotMap, Withdrawn};
 use crate::start_events::StartEvents;
-use crate::store::BlobFile;
+use crate::store::{BlobFile, Place};
 
 pub(crate) use units::UnitKey;
 
@@ -66,6 +66,8 @@ pub enum Readiness {
 pub struct Plan {
     pieces: Vec<Piece>,
     missing: Vec<ChunkKey>,
+    /// Evictions before the plan was made.
+    evictions: u64,
 }
 
 impl Plan {
@@ -184,7 +186,7 @@ pub struct PrefetchReport {
 #[derive(Debug)]
 pub struct ServedImage {
     map: DeviceMap,
-    /// The metadata image, then the blob files, then the hot file if there is one.
+    /// The metadata image, then the blob files, then the hot file if there is one, then what is in memory.
     files: Vec<Arc<File>>,
     blobs: Vec<ServedBlob>,
     hot: Option<ServedHot>,
@@ -216,7 +218,8 @@ impl ServedImage {
         let map = DeviceMap::new(metadata_blocks, &blob_blocks)
             .map_err(|error| Error::caused(ErrorKind::Invalid, "lay out the device", error))?;
         let of_blobs = blobs.iter().chain(hot.as_ref().map(|hot| &hot.blob)).map(|blob| Arc::clone(blob.file.file()));
-        let files = std::iter::once(metadata).chain(of_blobs).collect();
+        let memory = blobs.first().map(|blob| Arc::clone(blob.file.memory()));
+        let files = std::iter::once(metadata).chain(of_blobs).chain(memory).collect();
         let blob_blocks = map.metadata_blocks()..map.total_blocks() - TAIL_BLOCKS;
         let first_reads = FirstReads::new(blob_blocks, counters.events.began());
         Ok(Self { map, files, blobs, hot, counters, first_reads, attachment })
@@ -272,6 +275,7 @@ impl ServedImage {
     pub fn plan(&self, start_block: u32, len_blocks: u32, plan: &mut Plan) -> Readiness {
         plan.pieces.clear();
         plan.missing.clear();
+        plan.evictions = self.evictions();
         let mut planned_blocks = 0;
         for segment in self.map.segments(start_block, len_blocks) {
             planned_blocks += segment.len_blocks;
@@ -292,18 +296,31 @@ impl ServedImage {
         let blob = &self.blobs[usize::from(layer)];
         let mut at = blocks.start;
         while at < blocks.end {
-            let missing = blob.file.first_missing(at..blocks.end).unwrap_or(blocks.end);
-            if missing > at {
-                self.touch(layer, at..missing);
-                // The metadata image is the first file.
-                plan.push_file(layer + 1, at, missing - at);
+            let (place, end) = blob.file.find(at..blocks.end);
+            match place {
+                Some(place) => {
+                    self.touch(layer, at..end);
+                    // The metadata image is the first file.
+                    self.push_found(&blob.file, layer + 1, place, at..end, plan);
+                }
+                None => self.each_run(layer, at..end, |run, rank| match rank {
+                    Some((hot, rank)) => self.look_up_hot(hot, blob, &run, rank, plan),
+                    None => self.miss_chunks(blob, run, plan),
+                }),
             }
-            let present = blob.file.first_present(missing..blocks.end).unwrap_or(blocks.end);
-            self.each_run(layer, missing..present, |run, rank| match rank {
-                Some((hot, rank)) => self.look_up_hot(hot, blob, &run, rank, plan),
-                None => self.miss_chunks(blob, run, plan),
-            });
-            at = present;
+            at = end;
+        }
+    }
+
+    /// Plans blocks that a blob file has, in the file with this index or in memory.
+    fn push_found(&self, blob: &BlobFile, file: u16, place: Place, blocks: Range<u32>, plan: &mut Plan) {
+        blob.note_use(blocks.clone());
+        match place {
+            Place::Disk => plan.push_file(file, blocks.start, blocks.end - blocks.start),
+            // The last file is the one in memory.
+            Place::Memory(block) => {
+                plan.push_file(self.last_file(), block, blocks.end - blocks.start);
+            }
         }
     }
 
@@ -315,9 +332,11 @@ impl ServedImage {
             let (frame, frame_end) = hot.frame(rank);
             let len_blocks = (frame_end - rank).min(blocks.end - at);
             let key = ChunkKey { blob: hot.blob.key, chunk: frame };
-            if hot.blob.file.first_missing(rank..rank + len_blocks).is_none() {
+            if let (Some(place), end) = hot.blob.file.find(rank..rank + len_blocks)
+                && end == rank + len_blocks
+            {
                 self.touch_frame(hot, frame);
-                plan.push_file(self.hot_file(), rank, len_blocks);
+                self.push_found(&hot.blob.file, self.hot_file(), place, rank..end, plan);
             } else if hot.withdrawn.contains(frame) {
                 self.miss_chunks(blob, at..at + len_blocks, plan);
             } else if self.attachment.as_ref().is_some_and(Attachment::trusts_plan) {
@@ -399,9 +418,36 @@ impl ServedImage {
         }
     }
 
-    /// Index of the hot file: the last one.
+    /// Index of the hot file: after those of the layers.
     fn hot_file(&self) -> u16 {
+        u16::try_from(self.blobs.len() + 1).unwrap_or(u16::MAX)
+    }
+
+    fn last_file(&self) -> u16 {
         u16::try_from(self.files.len() - 1).unwrap_or(u16::MAX)
+    }
+
+    /// Whether all that `plan` says was there until now: to be asked when its pieces have been read. If not, what was read
+    /// may be holes, and the range must be planned again.
+    #[must_use]
+    pub fn was_there(&self, plan: &Plan) -> bool {
+        plan.evictions == self.evictions()
+    }
+
+    fn evictions(&self) -> u64 {
+        self.blobs.first().map_or(0, |blob| blob.file.evictions().count())
+    }
+
+    /// A file of a plan could not be read. True if what it has can be had again: plan the range again.
+    #[must_use]
+    pub fn cannot_read(&self, file: u16, offset_bytes: u64, len_bytes: u32) -> bool {
+        let hot = self.hot.as_ref().map(|hot| &hot.blob);
+        let Some(blob) = usize::from(file).checked_sub(1).and_then(|at| self.blobs.iter().chain(hot).nth(at)) else {
+            return false;
+        };
+        let block = |offset_bytes: u64| u32::try_from(offset_bytes / BLOCK_SIZE as u64).unwrap_or(u32::MAX);
+        blob.file.cannot_read(block(offset_bytes)..block(offset_bytes + u64::from(len_bytes)));
+        true
     }
 
     /// Asks for what `plan` (of [`Readiness::Missing`]) misses. Never blocks. `waiter` runs exactly once, perhaps before

@@ -37,6 +37,8 @@ const READS_MAX: u16 = 128;
 const PARKED_MAX: usize = 2 * READS_MAX as usize;
 /// How often a request is planned before it fails; see `ublk_queue`.
 const PLANS_PER_REQUEST_MAX: u32 = 16;
+/// What [`Shared::fill`] fails with when the range is to be planned again.
+const PLAN_AGAIN: i32 = libc::ESTALE;
 /// Nothing ever changes.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 const IMAGE_INODE: INodeNo = INodeNo(2);
@@ -156,22 +158,18 @@ impl Shared {
             if read.plans == 1 {
                 read.first = self.image.begin(start_block, len_blocks);
             }
-            match self.image.plan(start_block, len_blocks, plan) {
-                Readiness::Ready => {
-                    buffer.resize(len_blocks as usize * BLOCK_SIZE_BYTES as usize, 0);
-                    match self.fill(plan, buffer) {
-                        Ok(()) => {
-                            self.image.answered(&read.first, Ok(read.len_bytes));
-                            read.reply.data(&buffer[skip_bytes..skip_bytes + read.len_bytes as usize]);
-                        }
-                        Err(errno) => self.fail(read, errno),
-                    }
+            buffer.resize(len_blocks as usize * BLOCK_SIZE_BYTES as usize, 0);
+            match self.plan_and_fill(start_block, len_blocks, plan, buffer) {
+                Ok(Readiness::Ready) => {
+                    self.image.answered(&read.first, Ok(read.len_bytes));
+                    read.reply.data(&buffer[skip_bytes..skip_bytes + read.len_bytes as usize]);
                 }
-                Readiness::Missing if read.plans > PLANS_PER_REQUEST_MAX => {
+                Err(errno) => self.fail(read, errno),
+                Ok(Readiness::Missing) if read.plans > PLANS_PER_REQUEST_MAX => {
                     tracing::error!(start_block, len_blocks, "a read still misses blocks after {} fetches", read.plans);
                     self.fail(read, libc::EIO);
                 }
-                Readiness::Missing => self.park(read, plan),
+                Ok(Readiness::Missing) => self.park(read, plan),
             }
         });
     }
@@ -191,6 +189,26 @@ impl Shared {
         self.image.demand(plan, waited, Box::new(move |outcome| ticket.deliver(outcome)));
     }
 
+    /// Fills the buffer if everything is there: what is evicted while it is read, and what cannot be read, is planned again.
+    fn plan_and_fill(
+        &self,
+        start_block: u32,
+        len_blocks: u32,
+        plan: &mut Plan,
+        buffer: &mut [u8],
+    ) -> Result<Readiness, i32> {
+        loop {
+            if self.image.plan(start_block, len_blocks, plan) == Readiness::Missing {
+                return Ok(Readiness::Missing);
+            }
+            match self.fill(plan, buffer) {
+                Ok(()) if self.image.was_there(plan) => return Ok(Readiness::Ready),
+                Ok(()) | Err(PLAN_AGAIN) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
     fn fill(&self, plan: &Plan, buffer: &mut [u8]) -> Result<(), i32> {
         let mut rest = buffer;
         for piece in plan.pieces() {
@@ -202,7 +220,7 @@ impl Shared {
                     let handle = self.image.files().get(usize::from(file)).ok_or(libc::EIO)?;
                     handle.read_exact_at(part, offset_bytes).map_err(|error| {
                         tracing::error!(file, offset_bytes, %error, "reading a file of the store");
-                        libc::EIO
+                        if self.image.cannot_read(file, offset_bytes, len_bytes) { PLAN_AGAIN } else { libc::EIO }
                     })?;
                 }
             }

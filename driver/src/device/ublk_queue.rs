@@ -32,9 +32,11 @@ use super::completion::{CompletionPort, Parking};
 use crate::first_reads::DeviceRead;
 use crate::image::{BLOCK_SIZE_BYTES, Piece, Plan, Readiness, ServedImage};
 
-/// How often a request is planned before it fails. More than one demand is needed only when a chunk is evicted between
-/// its arrival and the next plan.
+/// How often a request is planned in vain before it fails. More than one demand is needed only when a chunk is evicted
+/// between its arrival and the next plan, or cannot be read from the disk.
 const PLANS_PER_REQUEST_MAX: u32 = 16;
+/// What [`Queue::read`] fails with when the range is to be planned again.
+const PLAN_AGAIN: i32 = libc::ESTALE;
 /// How often one read is tried again after EINTR or EAGAIN.
 const READ_RETRIES_MAX: u32 = 1000;
 /// Sectors of 512 bytes per block.
@@ -151,12 +153,17 @@ impl Queue<'_> {
             return Err(libc::EINVAL);
         }
         *read = self.image.begin(start_block, len_blocks);
-        for _ in 0..PLANS_PER_REQUEST_MAX {
+        let mut plans_in_vain = 0;
+        while plans_in_vain < PLANS_PER_REQUEST_MAX {
+            plans_in_vain += 1;
             match self.image.plan(start_block, len_blocks, plan) {
-                Readiness::Ready => {
-                    self.read(plan, &mut buffer.as_mut_slice()[..len_bytes as usize]).await?;
-                    return Ok(len_bytes);
-                }
+                Readiness::Ready => match self.read(plan, &mut buffer.as_mut_slice()[..len_bytes as usize]).await {
+                    Ok(()) if self.image.was_there(plan) => return Ok(len_bytes),
+                    // Something was evicted meanwhile, anywhere: that is no fault of this request.
+                    Ok(()) => plans_in_vain -= 1,
+                    Err(PLAN_AGAIN) => {}
+                    Err(errno) => return Err(errno),
+                },
                 Readiness::Missing if self.port.is_stopping() => return Err(libc::EIO),
                 Readiness::Missing => {
                     self.parking.park(tag);
@@ -204,17 +211,15 @@ impl Queue<'_> {
             let result = ublk_submit_sqe_async(read, UblkUringData::Target as u64).await.unwrap_or(-libc::EIO);
             match result {
                 len @ 1.. => done += usize::try_from(len).unwrap_or(0),
-                0 => {
-                    tracing::error!(file, offset_bytes, "a file of the store is shorter than it should be");
-                    return Err(libc::EIO);
-                }
                 errno if (errno == -libc::EINTR || errno == -libc::EAGAIN) && retries < READ_RETRIES_MAX => {
                     retries += 1;
                 }
+                // Zero: the file is shorter than it should be.
                 errno => {
                     let error = std::io::Error::from_raw_os_error(-errno);
                     tracing::error!(file, offset_bytes, %error, "reading a file of the store");
-                    return Err(libc::EIO);
+                    let again = self.image.cannot_read(file, offset_bytes + done as u64, len);
+                    return Err(if again { PLAN_AGAIN } else { libc::EIO });
                 }
             }
         }

@@ -322,7 +322,7 @@ impl Drop for Engine {
 pub(crate) fn is_present(file: &BlobFile, index: &ChunkIndex, chunk: u32) -> bool {
     let raw = index.chunk(chunk).raw;
     let block = |offset_bytes: u64| u32::try_from(offset_bytes / BLOCK_SIZE as u64).unwrap_or(u32::MAX);
-    file.first_missing(block(raw.start)..block(raw.end)).is_none()
+    file.holds(block(raw.start)..block(raw.end))
 }
 
 /// The chunks of a blob as the scheduler is told of them.

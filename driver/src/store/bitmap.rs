@@ -68,6 +68,17 @@ impl Bitmap {
         }
     }
 
+    /// Clears the bits of a range.
+    ///
+    /// # Panics
+    /// If the range lies outside.
+    pub(crate) fn clear(&self, range: Range<u32>) {
+        assert!(range.end <= self.blocks, "{range:?} of {}", self.blocks);
+        for (word, mask) in masks(range) {
+            self.words[word].fetch_and(!mask, Ordering::SeqCst);
+        }
+    }
+
     /// Clears every bit that `keep` does not have.
     pub(crate) fn retain(&self, keep: &Self) {
         for (word, keep) in self.words.iter().zip(&keep.words) {
@@ -86,6 +97,12 @@ impl Bitmap {
         let first = (range.start / BITS) as usize;
         let word = |(word, mask): (usize, u64)| self.words[word].load(Ordering::Relaxed) | mask;
         (first, masks(range).map(word).collect())
+    }
+
+    /// Number of blocks of a range that are there.
+    pub(crate) fn count_in(&self, range: Range<u32>) -> u32 {
+        let words = masks(range.start..range.end.min(self.blocks));
+        words.map(|(word, mask)| (self.words[word].load(Ordering::Relaxed) & mask).count_ones()).sum()
     }
 
     /// Number of blocks that are there.
@@ -130,6 +147,7 @@ mod tests {
             prop_assert_eq!(bitmap.first_missing(ask.clone()), ask.clone().find(|block| !model.contains(block)));
             prop_assert_eq!(bitmap.first_present(ask.clone()), ask.clone().find(|block| model.contains(block)));
             prop_assert_eq!(bitmap.count() as usize, model.len());
+            prop_assert_eq!(bitmap.count_in(ask.clone()) as usize, model.range(ask.clone()).count());
             let again = Bitmap::from_words(300, &bitmap.snapshot()).unwrap();
             prop_assert_eq!(again.snapshot(), bitmap.snapshot());
         }
@@ -147,6 +165,15 @@ mod tests {
     #[test]
     fn the_last_block_of_the_largest_file_can_be_asked_for() {
         assert_eq!(masks(u32::MAX - 1..u32::MAX).count(), 1);
+    }
+
+    #[test]
+    fn a_range_is_cleared_and_no_more() {
+        let bitmap = Bitmap::empty(200);
+        bitmap.set(0..200);
+        bitmap.clear(60..130);
+        assert_eq!((bitmap.first_missing(0..200), bitmap.first_present(60..200)), (Some(60), Some(130)));
+        assert_eq!(bitmap.count(), 130);
     }
 
     #[test]

@@ -12,13 +12,13 @@
 //! A file that differs in any point is taken for absent: the store may forget, it never lies.
 
 use std::fs::{self, File};
-use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use ublkimg_image::Sha256;
 
 use super::bitmap::Bitmap;
+use super::disk;
 use super::layout::replace_file;
 use crate::error::{Error, Result};
 
@@ -96,13 +96,10 @@ pub(crate) fn read(path: &Path, identity: Identity, validity: Validity) -> Resul
 /// Writes a bitmap in place of what was there, whole or not at all. A durable one is on the disk on return.
 pub(crate) fn write(path: &Path, identity: Identity, validity: Validity, words: &[u64]) -> Result<()> {
     let words = bytes_of(words);
-    replace_file(path, matches!(validity, Validity::Durable), |file| {
-        file.write_all(&header(identity, validity, &words))?;
-        file.write_all(&words)
-    })
+    replace_file(path, matches!(validity, Validity::Durable), &[&header(identity, validity, &words), &words])
 }
 
 /// Overwrites some words of a live bitmap.
-pub(crate) fn write_words(file: &File, first: usize, words: &[u64]) -> std::io::Result<()> {
-    file.write_all_at(&bytes_of(words), (HEADER_BYTES + first * size_of::<u64>()) as u64)
+pub(crate) fn write_words(path: &Path, file: &File, first: usize, words: &[u64]) -> std::io::Result<()> {
+    disk::write_all_at(path, file, &bytes_of(words), (HEADER_BYTES + first * size_of::<u64>()) as u64)
 }

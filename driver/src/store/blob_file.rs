@@ -5,20 +5,64 @@
 //! the live file has its data. It does not outlive the kernel, so the live file counts in its own boot only. A copy of
 //! the bitmap is made durable behind a sync of the data: bits as they were *before* the sync, written after it.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crossbeam::channel::Sender;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use ublkimg_image::{BLOCK_SIZE, Sha256};
 
 use super::bitmap::Bitmap;
 use super::bitmap_file::{self, BootId, Identity, Validity};
+use super::disk;
 use super::layout::{BlobPaths, sync_directory_of};
+use super::overflow::Overflow;
+use super::sums::{self, Verdict};
 use crate::error::{Error, ErrorKind, Result};
+
+/// Blocks that are evicted together: 1 MiB, a few chunks. Smaller ones would make the disk's map of the file long.
+const EXTENT_BLOCKS: u32 = 256;
+
+/// Evictions so far, anywhere in the store.
+///
+/// A block may be evicted while it is read. Who reads looks at this number, then at the bits, reads, and looks again: if
+/// it is the same, what was read was there all the time, since the number changes between the bits and the holes.
+#[derive(Debug, Default)]
+pub(crate) struct Evictions(AtomicU64);
+
+impl Evictions {
+    pub(crate) fn count(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn note(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// What the blob files of a store have in common.
+#[derive(Debug, Clone)]
+pub(super) struct Shared {
+    /// Keeps other processes out of the store for as long as a file is written.
+    pub(super) _lock: Arc<File>,
+    pub(super) wake_sync: Sender<()>,
+    pub(super) evictions: Arc<Evictions>,
+    pub(super) overflow: Arc<Overflow>,
+    /// Seconds since 1970, as of a moment ago.
+    pub(super) clock_s: Arc<AtomicU32>,
+}
+
+/// Where a block can be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In the file itself.
+    Disk,
+    /// In [`BlobFile::memory`], at this block of it.
+    Memory(u32),
+}
 
 /// A sparse file of raw blocks and the set of those that are there.
 #[derive(Debug)]
@@ -26,29 +70,30 @@ pub struct BlobFile {
     identity: Identity,
     paths: BlobPaths,
     data: Arc<File>,
+    sums: File,
     present: Bitmap,
+    /// When each extent was last read, by the clock of [`Shared`].
+    used_s: Box<[AtomicU32]>,
     /// The live bitmap. Held while words of it are written (into the page cache): two writers of one word must not
     /// overtake each other between memory and file.
     live: Mutex<File>,
     /// Held by the one that makes bits durable.
     syncing: Mutex<()>,
+    /// Held shared by those that write, exclusively by the one that evicts.
+    writing: RwLock<()>,
     /// Blocks were written since the last sync began.
     dirty: AtomicBool,
-    /// Wakes the sync thread.
-    wake_sync: Sender<()>,
-    /// Keeps other processes out of the store for as long as this writes.
-    _lock: Arc<File>,
+    /// The disk could not read what it had: it gets no more of this file.
+    is_broken: AtomicBool,
+    shared: Shared,
 }
 
 impl BlobFile {
-    pub(crate) fn open(
-        paths: BlobPaths,
-        identity: Identity,
-        boot_id: BootId,
-        wake_sync: Sender<()>,
-        lock: Arc<File>,
-    ) -> Result<Self> {
+    pub(super) fn open(paths: BlobPaths, identity: Identity, boot_id: BootId, shared: Shared) -> Result<Self> {
         let data = open_data(&paths, identity)?;
+        let sums = sums::open(&paths.sums, identity.blocks);
+        let sums = sums.map_err(|error| Error::path("open", &paths.sums, error))?;
+        let used_s = last_use(&paths).unwrap_or_else(|| shared.clock_s.load(Ordering::Relaxed));
         let present = match bitmap_file::read(&paths.live, identity, Validity::Live(boot_id))? {
             Some(live) => live,
             None => {
@@ -62,16 +107,20 @@ impl BlobFile {
         let live = live.map_err(|error| Error::path("open", &paths.live, error))?;
         // What an earlier process wrote in this boot may not be durable yet.
         let dirty = AtomicBool::new(present.count() > 0);
+        let extents = identity.blocks.div_ceil(EXTENT_BLOCKS);
         Ok(Self {
             identity,
             paths,
             data: Arc::new(data),
+            sums,
             present,
+            used_s: (0..extents).map(|_| AtomicU32::new(used_s)).collect(),
             live: Mutex::new(live),
             syncing: Mutex::new(()),
+            writing: RwLock::new(()),
             dirty,
-            wake_sync,
-            _lock: lock,
+            is_broken: AtomicBool::new(false),
+            shared,
         })
     }
 
@@ -106,21 +155,131 @@ impl BlobFile {
         self.present.first_present(range)
     }
 
+    /// Where the first block of a range, not empty, can be read, and the end of those after it of which the same is true.
+    /// Takes a lock only where the disk has refused something.
+    pub(crate) fn find(&self, blocks: Range<u32>) -> (Option<Place>, u32) {
+        let missing = self.first_missing(blocks.clone()).unwrap_or(blocks.end);
+        if missing > blocks.start {
+            return (Some(Place::Disk), missing);
+        }
+        let end = self.first_present(blocks.clone()).unwrap_or(blocks.end);
+        let (place, end) = self.shared.overflow.find(self.identity.index, blocks.start..end);
+        (place.map(Place::Memory), end)
+    }
+
+    /// Whether all blocks of a range can be read.
+    pub(crate) fn holds(&self, mut blocks: Range<u32>) -> bool {
+        while !blocks.is_empty() {
+            match self.find(blocks.clone()) {
+                (Some(_), end) => blocks.start = end,
+                (None, _) => return false,
+            }
+        }
+        true
+    }
+
+    /// The file that [`Place::Memory`] is about; one for the whole store.
+    pub(crate) fn memory(&self) -> &Arc<File> {
+        self.shared.overflow.file()
+    }
+
+    /// What a reader looks at before and after it reads.
+    pub(crate) fn evictions(&self) -> &Arc<Evictions> {
+        &self.shared.evictions
+    }
+
+    /// Notes that blocks are read now: what was not for the longest time is evicted first.
+    pub(crate) fn note_use(&self, blocks: Range<u32>) {
+        let now_s = self.shared.clock_s.load(Ordering::Relaxed);
+        let extents = blocks.start / EXTENT_BLOCKS..blocks.end.div_ceil(EXTENT_BLOCKS);
+        for extent in self.used_s.get(extents.start as usize..extents.end as usize).unwrap_or_default() {
+            // Most reads are not the first of this second: look before writing to a line that other threads read.
+            if extent.load(Ordering::Relaxed) != now_s {
+                extent.store(now_s, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The extents with a block that is there: when it was last read, and its blocks.
+    pub(super) fn extents(&self) -> Vec<(u32, Range<u32>)> {
+        let extent = |(number, used_s): (u32, &AtomicU32)| {
+            let start = number * EXTENT_BLOCKS;
+            let blocks = start..start.saturating_add(EXTENT_BLOCKS).min(self.identity.blocks);
+            self.first_present(blocks.clone()).map(|_| (used_s.load(Ordering::Relaxed), blocks))
+        };
+        (0..).zip(&self.used_s).filter_map(extent).collect()
+    }
+
+    /// Blocks of a range that are there.
+    pub(super) fn count(&self, blocks: Range<u32>) -> u32 {
+        self.present.count_in(blocks)
+    }
+
     /// Number of blocks that are there.
     #[must_use]
     pub fn present_blocks(&self) -> u32 {
         self.present.count()
     }
 
-    /// Writes verified blocks from `block` on, and then says that they are there.
+    /// Keeps verified blocks from `block` on, and then says that they are there. If the disk is full or broken, memory
+    /// takes them for a while.
     ///
     /// # Errors
-    /// `NoSpace` when the disk is full, `Io` for other trouble with the files, `Invalid` when `data` is not a number of
-    /// blocks inside the file. The blocks are not there then.
+    /// `Invalid` when `data` is not a number of blocks inside the file. Otherwise what kept the disk from taking more
+    /// than a chunk. The blocks are not there then.
     pub fn write(&self, block: u32, data: &[u8]) -> Result<()> {
         let range = self.range_of(block, data)?;
-        self.write_data(block, data)?;
+        match self.write_to_disk(range, data) {
+            Ok(()) => Ok(()),
+            Err(error) => self.shared.overflow.put(self.identity.index, block, data, error),
+        }
+    }
+
+    fn write_to_disk(&self, range: Range<u32>, data: &[u8]) -> Result<()> {
+        if self.is_broken.load(Ordering::Relaxed) {
+            let what = format!("{} could not be read", self.paths.data.display());
+            return Err(Error::new(ErrorKind::Io, what));
+        }
+        let _no_eviction = self.writing.read();
+        self.write_data(range.start, data)?;
+        let summed = sums::write(&self.paths.sums, &self.sums, range.start, data);
+        summed.map_err(|error| Error::path("write", &self.paths.sums, error))?;
         self.mark_present(range)
+    }
+
+    /// The disk could not read blocks that it had: they are not there any more, and what is fetched in their place stays
+    /// in memory.
+    pub(crate) fn cannot_read(&self, blocks: Range<u32>) {
+        if !self.is_broken.swap(true, Ordering::Relaxed) {
+            let path = self.paths.data.display();
+            tracing::error!("store: {path} cannot be read: blocks {blocks:?} are fetched again and kept in memory");
+        }
+        self.present.clear(blocks.start..blocks.end.min(self.identity.blocks));
+        let live = self.live.lock();
+        if let Err(error) = bitmap_file::write_words(&self.paths.live, &live, 0, &self.present.snapshot()) {
+            tracing::error!("store: write {}: {error}", self.paths.live.display());
+        }
+    }
+
+    /// Compares the blocks of a range that are there with their sums: the wrong ones, and how many have no sum.
+    pub(super) fn check(&self, blocks: Range<u32>) -> Result<(Vec<u32>, u32)> {
+        let failed = |error| Error::path("read", &self.paths.data, error);
+        let (mut wrong, mut unknown) = (Vec::new(), 0);
+        let mut at = blocks.start;
+        while let Some(start) = self.first_present(at..blocks.end) {
+            let end = self.first_missing(start..blocks.end).unwrap_or(blocks.end);
+            let mut data = vec![0; (end - start) as usize * BLOCK_SIZE];
+            self.data.read_exact_at(&mut data, u64::from(start) * BLOCK_SIZE as u64).map_err(failed)?;
+            for (block, verdict) in (start..).zip(sums::check(&self.sums, start, &data).map_err(failed)?) {
+                match verdict {
+                    Verdict::Right => {}
+                    Verdict::Wrong => wrong.push(block),
+                    Verdict::Unknown => unknown += 1,
+                }
+            }
+            at = end;
+        }
+        Ok((wrong, unknown))
     }
 
     fn range_of(&self, block: u32, data: &[u8]) -> Result<Range<u32>> {
@@ -132,7 +291,7 @@ impl BlobFile {
 
     pub(super) fn write_data(&self, block: u32, data: &[u8]) -> Result<()> {
         let offset_bytes = u64::from(block) * BLOCK_SIZE as u64;
-        let written = self.data.write_all_at(data, offset_bytes);
+        let written = disk::write_all_at(&self.paths.data, &self.data, data, offset_bytes);
         written.map_err(|error| Error::path("write", &self.paths.data, error))
     }
 
@@ -140,13 +299,13 @@ impl BlobFile {
         {
             let live = self.live.lock();
             let (first, words) = self.present.words_with(range.clone());
-            let written = bitmap_file::write_words(&live, first, &words);
+            let written = bitmap_file::write_words(&self.paths.live, &live, first, &words);
             written.map_err(|error| Error::path("write", &self.paths.live, error))?;
             self.present.set(range);
         }
         if !self.dirty.swap(true, Ordering::AcqRel) {
             // A full channel means that the thread is about to look anyway; no receiver, that the store is closing.
-            let _ = self.wake_sync.try_send(());
+            let _ = self.shared.wake_sync.try_send(());
         }
         Ok(())
     }
@@ -166,16 +325,50 @@ impl BlobFile {
         if !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
+        let outcome = self.make_durable();
+        if outcome.is_err() {
+            self.dirty.store(true, Ordering::Release);
+        }
+        outcome
+    }
+
+    /// For who holds `syncing`.
+    fn make_durable(&self) -> Result<()> {
         let bits = self.present.snapshot();
-        if let Err(error) = self.data.sync_data() {
+        let summed = disk::sync(&self.paths.sums, &self.sums);
+        summed.map_err(|error| Error::path("sync", &self.paths.sums, error))?;
+        if let Err(error) = disk::sync(&self.paths.data, &self.data) {
             self.forget_unsynced()?;
             return Err(Error::path("sync", &self.paths.data, error));
         }
-        let written = bitmap_file::write(&self.paths.durable, self.identity, Validity::Durable, &bits);
-        if written.is_err() {
-            self.dirty.store(true, Ordering::Release);
+        bitmap_file::write(&self.paths.durable, self.identity, Validity::Durable, &bits)
+    }
+
+    /// Gives the space of some ranges of blocks back. They are not there any more, for nobody and for ever, before their
+    /// data goes: first the bits, here and on the disk, then a note for those who read ([`Evictions`]), then the holes.
+    ///
+    /// # Errors
+    /// `NoSpace` or `Io`. The blocks are not there then, but may still take their space.
+    pub(crate) fn evict(&self, ranges: &[Range<u32>]) -> Result<()> {
+        let _only_one = self.syncing.lock();
+        // Nobody puts data back where a hole is about to be.
+        let _no_writer = self.writing.write();
+        {
+            let live = self.live.lock();
+            for range in ranges {
+                self.present.clear(range.clone());
+            }
+            let written = bitmap_file::write_words(&self.paths.live, &live, 0, &self.present.snapshot());
+            written.map_err(|error| Error::path("write", &self.paths.live, error))?;
         }
-        written
+        self.make_durable()?;
+        self.shared.evictions.note();
+        for range in ranges {
+            let bytes = u64::from(range.start) * BLOCK_SIZE as u64..u64::from(range.end) * BLOCK_SIZE as u64;
+            let punched = disk::punch_hole(&self.paths.data, &self.data, bytes);
+            punched.map_err(|error| Error::path("punch a hole into", &self.paths.data, error))?;
+        }
+        Ok(())
     }
 
     fn forget_unsynced(&self) -> Result<()> {
@@ -183,29 +376,39 @@ impl BlobFile {
         let durable = durable.unwrap_or_else(|| Bitmap::empty(self.identity.blocks));
         let live = self.live.lock();
         self.present.retain(&durable);
-        let written = bitmap_file::write_words(&live, 0, &self.present.snapshot());
+        self.shared.evictions.note();
+        let written = bitmap_file::write_words(&self.paths.live, &live, 0, &self.present.snapshot());
         written.map_err(|error| Error::path("write", &self.paths.live, error))
     }
+}
+
+impl Drop for BlobFile {
+    /// Notes when it was last used, for when it is evicted.
+    fn drop(&mut self) {
+        let _ = self.live.get_mut().set_modified(std::time::SystemTime::now());
+    }
+}
+
+/// When a file that is there was last used, in seconds since 1970.
+pub(super) fn last_use(paths: &BlobPaths) -> Option<u32> {
+    let modified = std::fs::metadata(&paths.live).and_then(|metadata| metadata.modified()).ok()?;
+    let since_1970 = modified.duration_since(std::time::UNIX_EPOCH).ok()?;
+    Some(u32::try_from(since_1970.as_secs()).unwrap_or(u32::MAX))
 }
 
 /// Opens the data file; one that is new, or not as long as it should be, loses its bitmaps before it gets its length.
 fn open_data(paths: &BlobPaths, identity: Identity) -> Result<File> {
     let len_bytes = u64::from(identity.blocks) * BLOCK_SIZE as u64;
     let doing = |error| Error::path("open", &paths.data, error);
-    let data = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&paths.data);
-    let data = data.map_err(doing)?;
+    let data = disk::open(&paths.data).map_err(doing)?;
     if data.metadata().map_err(doing)?.len() == len_bytes {
         return Ok(data);
     }
     for bitmap in [&paths.live, &paths.durable] {
-        match fs::remove_file(bitmap) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::path("remove", bitmap, error));
-            }
-            _ => {}
-        }
+        disk::remove(bitmap).map_err(|error| Error::path("remove", bitmap, error))?;
     }
     sync_directory_of(&paths.data)?;
-    data.set_len(0).and_then(|()| data.set_len(len_bytes)).map_err(doing)?;
+    let set_len = |len_bytes| disk::set_len(&paths.data, &data, len_bytes);
+    set_len(0).and_then(|()| set_len(len_bytes)).map_err(doing)?;
     Ok(data)
 }

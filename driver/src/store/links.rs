@@ -1,7 +1,7 @@
 //! What is believed of the links to registries, so that the next process does not find it out again. It decides how much
 //! is in flight and nothing else: a file that is not what it should be is taken for absent.
 
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -37,7 +37,7 @@ impl Store {
         let links: Vec<Link> = links.iter().map(link).collect();
         let bytes = serde_json::to_vec_pretty(&links);
         let bytes = bytes.map_err(|error| Error::caused(ErrorKind::Internal, "write links as JSON", error))?;
-        replace_file(&self.layout.links(), false, |file| file.write_all(&bytes))
+        replace_file(&self.layout.links(), false, &[&bytes])
     }
 
     /// The estimates that were kept last.

@@ -8,9 +8,20 @@
 mod bitmap;
 mod bitmap_file;
 mod blob_file;
+mod disk;
+#[cfg(test)]
+mod journal;
 mod layout;
 mod links;
 mod objects;
+mod overflow;
+mod pins;
+#[cfg(test)]
+mod power_cut_tests;
+mod space;
+#[cfg(test)]
+mod space_tests;
+mod sums;
 #[cfg(test)]
 mod tests;
 mod traces;
@@ -20,6 +31,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -29,8 +41,14 @@ use ublkimg_image::Sha256;
 
 use self::bitmap_file::{BootId, Identity};
 pub use self::blob_file::BlobFile;
+pub(crate) use self::blob_file::Place;
+use self::blob_file::{Evictions, Shared};
+
 use self::layout::Layout;
 pub use self::objects::OBJECT_BYTES_MAX;
+use self::overflow::Overflow;
+pub use self::pins::Holding;
+pub use self::space::{Checked, Limits, Room, Usage};
 pub use self::traces::TRACE_BYTES_MAX;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -47,9 +65,8 @@ type OpenBlobs = Mutex<BTreeMap<Sha256, Arc<BlobFile>>>;
 pub struct Store {
     layout: Layout,
     boot_id: BootId,
-    lock: Arc<File>,
+    shared: Shared,
     blobs: Arc<OpenBlobs>,
-    wake_sync: Sender<()>,
     /// Disconnected to stop the sync thread.
     stop_sync: Option<Sender<()>>,
     sync_thread: Option<JoinHandle<()>>,
@@ -72,6 +89,9 @@ impl Store {
         let lock = take_lock(&layout)?;
         layout.prepare()?;
         let blobs = Arc::new(OpenBlobs::default());
+        let evictions = Arc::<Evictions>::default();
+        let overflow = Overflow::new(Arc::clone(&evictions))?;
+        let clock_s = Arc::new(AtomicU32::new(space::now_s()));
         let (wake_sync, woken) = bounded(1);
         let (stop_sync, stopped) = bounded(0);
         let thread = std::thread::Builder::new().name("store-sync".to_owned());
@@ -81,9 +101,8 @@ impl Store {
         Ok(Self {
             layout,
             boot_id,
-            lock: Arc::new(lock),
+            shared: Shared { _lock: Arc::new(lock), wake_sync, overflow: Arc::new(overflow), evictions, clock_s },
             blobs,
-            wake_sync,
             stop_sync: Some(stop_sync),
             sync_thread: Some(sync_thread),
         })
@@ -105,11 +124,11 @@ impl Store {
         }
         let identity = Identity { index, blocks: raw_blocks };
         let paths = self.layout.blob(index);
-        let blob = BlobFile::open(paths, identity, self.boot_id, self.wake_sync.clone(), Arc::clone(&self.lock))?;
+        let blob = BlobFile::open(paths, identity, self.boot_id, self.shared.clone())?;
         let blob = Arc::new(blob);
         blobs.insert(index, Arc::clone(&blob));
         // A full channel means that the thread is about to look anyway.
-        let _ = self.wake_sync.try_send(());
+        let _ = self.shared.wake_sync.try_send(());
         Ok(blob)
     }
 

@@ -2,7 +2,7 @@
 //! blob that they were made from.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind as IoErrorKind, Write as _};
+use std::io::ErrorKind as IoErrorKind;
 use std::path::Path;
 
 use ublkimg_image::Sha256;
@@ -21,7 +21,7 @@ impl Store {
     /// # Errors
     /// `Io` and `NoSpace`.
     pub fn put_object(&self, digest: Sha256, bytes: &[u8]) -> Result<()> {
-        replace_file(&self.layout.object(digest), true, |file| file.write_all(bytes))
+        replace_file(&self.layout.object(digest), true, &[bytes])
     }
 
     /// An object, checked against its digest; `None` if it is not here, or not what it should be.
@@ -48,7 +48,7 @@ impl Store {
     /// # Errors
     /// `Io` and `NoSpace`.
     pub fn put_metadata(&self, blob: Sha256, image: &[u8]) -> Result<()> {
-        replace_file(&self.layout.metadata(blob), true, |file| file.write_all(image))
+        replace_file(&self.layout.metadata(blob), true, &[image])
     }
 
     /// A metadata image as it is served.

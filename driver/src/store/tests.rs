@@ -247,15 +247,22 @@ impl Drop for TinyFileSystem {
 }
 
 #[test]
-fn a_full_disk_is_an_error_and_what_did_not_fit_is_not_there() {
+fn what_a_full_disk_does_not_take_is_in_memory() {
     let Some(disk) = TinyFileSystem::mount() else { return };
-    let (_store, blob) = reopened(disk.0.path(), BOOT);
+    let (store, blob) = reopened(disk.0.path(), BOOT);
     blob.write(0, &contents(0, 10)).unwrap();
-    let error = blob.write(10, &contents(10, 100)).unwrap_err();
-    assert_eq!((error.kind(), error.errno()), (ErrorKind::NoSpace, libc::ENOSPC));
-    assert_eq!(blob.present_blocks(), 10);
-    assert_eq!(blob.write(150, &contents(150, 50)).unwrap_err().kind(), ErrorKind::NoSpace);
+    blob.write(10, &contents(10, 60)).unwrap();
+    assert_eq!(blob.present_blocks(), 10, "on the disk");
+    assert!(blob.holds(0..70) && !blob.holds(0..71));
+    assert_eq!(store.room().unwrap().overflowed_chunks, 1);
+    let (place, end) = blob.find(69..80);
+    let Some(Place::Memory(block)) = place else { panic!("{place:?}") };
+    let mut bytes = vec![0; BLOCK_SIZE];
+    blob.memory().read_exact_at(&mut bytes, u64::from(block) * BLOCK_SIZE as u64).unwrap();
+    assert_eq!((bytes, end), (content(69, 0), 70));
     assert_eq!(read_block(&blob, 9), content(9, 0));
+    // More than a chunk is not for memory.
+    assert_eq!(blob.write(100, &contents(100, 100)).unwrap_err().kind(), ErrorKind::NoSpace);
 }
 
 #[derive(Debug, Clone)]

@@ -2,13 +2,13 @@
 //! as. They order fetches, they vouch for nothing.
 
 use std::fs;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::SystemTime;
 
 use ublkimg_image::Sha256;
 
 use super::Store;
+use super::disk;
 use super::layout::replace_file;
 use super::objects::open_if_there;
 use crate::error::{Error, Result};
@@ -32,7 +32,7 @@ impl Store {
     /// `Io` and `NoSpace`.
     pub fn put_host_trace(&self, manifest: Sha256, command: Sha256, stored: &[u8]) -> Result<PathBuf> {
         let path = self.host_trace_path(manifest, command);
-        replace_file(&path, true, |file| file.write_all(stored))?;
+        replace_file(&path, true, &[stored])?;
         self.drop_old_traces()?;
         Ok(path)
     }
@@ -84,15 +84,8 @@ impl Store {
         let written =
             |path: &PathBuf| fs::metadata(path).and_then(|it| it.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
         paths.sort_by_cached_key(written);
-        paths[..paths.len() - TRACES_MAX].iter().try_for_each(|path| remove(path))
-    }
-}
-
-/// Removes a file, which may be gone already.
-fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::path("remove", path, error)),
-        _ => Ok(()),
+        let remove = |path: &PathBuf| disk::remove(path).map_err(|error| Error::path("remove", path, error));
+        paths[..paths.len() - TRACES_MAX].iter().try_for_each(remove)
     }
 }
 

@@ -1,0 +1,77 @@
+//! What a store under test did to its disk, step by step, and the trouble that the disk makes for it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
+
+/// A change, or a promise of the disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Step {
+    Create,
+    Write {
+        offset_bytes: u64,
+        bytes: Vec<u8>,
+    },
+    SetLen(u64),
+    Punch(Range<u64>),
+    /// What the file held when the journal had `began` steps is on the disk.
+    Sync {
+        began: usize,
+    },
+    /// The names that the directory had then are.
+    SyncDirectory {
+        began: usize,
+    },
+    Rename {
+        to: PathBuf,
+    },
+    Remove,
+}
+
+/// Says whether writing or syncing a file fails, and how.
+pub(super) type Trouble = fn(&Path) -> Option<rustix::io::Errno>;
+
+#[derive(Default)]
+struct Journal {
+    steps: Vec<(PathBuf, Step)>,
+    trouble: Option<Trouble>,
+}
+
+/// Journals by the root of their store.
+static JOURNALS: Mutex<BTreeMap<PathBuf, Journal>> = Mutex::new(BTreeMap::new());
+
+fn with<T: Default>(path: &Path, look: impl FnOnce(&mut Journal) -> T) -> T {
+    let mut journals = JOURNALS.lock();
+    journals.iter_mut().find(|(root, _)| path.starts_with(root)).map_or_else(T::default, |(_, journal)| look(journal))
+}
+
+/// From now on the steps of the store under `root` are kept.
+pub(super) fn begin(root: &Path) {
+    JOURNALS.lock().insert(root.to_owned(), Journal::default());
+}
+
+/// Takes the steps.
+pub(super) fn end(root: &Path) -> Vec<(PathBuf, Step)> {
+    JOURNALS.lock().remove(root).unwrap_or_default().steps
+}
+
+/// What the disk of the store under `root` makes of writes and syncs from now on.
+pub(super) fn set_trouble(root: &Path, trouble: Option<Trouble>) {
+    JOURNALS.lock().entry(root.to_owned()).or_default().trouble = trouble;
+}
+
+pub(super) fn len(path: &Path) -> usize {
+    with(path, |journal| journal.steps.len())
+}
+
+pub(super) fn may_fail(path: &Path) -> io::Result<()> {
+    with(path, |journal| journal.trouble).and_then(|trouble| trouble(path)).map_or(Ok(()), |errno| Err(errno.into()))
+}
+
+pub(super) fn note(path: &Path, step: Step) -> io::Result<()> {
+    with(path, |journal| journal.steps.push((path.to_owned(), step)));
+    Ok(())
+}
