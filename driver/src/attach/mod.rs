@@ -5,15 +5,14 @@
 //! store has. Each thing is checked against what named it before it is used: the manifest against its digest, the
 //! metadata blob against the manifest, each chunk index against the manifest, the device table against the indexes.
 //!
-//! Beside the image its profile is fetched ([`profile`]): its manifest with the image's, its trace with the metadata. What
-//! it says is fetched from the moment at which it is known, before there is a device, so the hot blob needs no place in
-//! that sequence.
+//! Beside the image its profile is fetched ([`profile`]): its manifest with the image's, its trace with the metadata. Its
+//! hot blob follows right behind the metadata ([`turn`]), before there is a device.
 //!
 //! All of it is kept in the store, so [`reopen`] needs no registry.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::io::AsyncReadExt as _;
@@ -35,11 +34,13 @@ use crate::store::Store;
 mod plan;
 mod prepare;
 mod profile;
+mod turn;
 
 use plan::PlannedLayer;
 use prepare::{Prepared, PreparedBlob};
 use profile::Profile;
 pub use profile::{KeptProfile, LoadedProfile, ProfileSource};
+use turn::Turn;
 
 /// How an image is attached.
 #[derive(Debug, Clone)]
@@ -164,6 +165,8 @@ struct Attaching<'a> {
     counters: Arc<ImageCounters>,
     attachment: Attachment,
     attached: watch::Receiver<()>,
+    /// The metadata has it first.
+    turn: Turn,
 }
 
 impl<'a> Attaching<'a> {
@@ -186,6 +189,7 @@ impl<'a> Attaching<'a> {
             counters: Arc::default(),
             attachment,
             attached: receiver,
+            turn: Turn::new(),
         })
     }
 
@@ -236,24 +240,42 @@ impl<'a> Attaching<'a> {
 
     /// The metadata blob, from the store or into it.
     async fn metadata_blob(&self, manifest: &ErofsManifest) -> Result<Bytes> {
-        self.blob("metadata blob", manifest.metadata.digest, manifest.metadata.size_bytes).await
+        let (digest, len_bytes) = (manifest.metadata.digest, manifest.metadata.size_bytes);
+        let arriving = |received_bytes: u64, receiving: Duration, round_trip: Duration| {
+            self.turn.pass_if_near(received_bytes, len_bytes, receiving, round_trip);
+        };
+        let blob = self.blob("metadata blob", digest, len_bytes, arriving).await?;
+        self.turn.pass();
+        Ok(blob)
     }
 
-    /// A whole blob, from the store or into it; `what` it is. Whoever names it bounds its size.
-    async fn blob(&self, what: &str, digest: Digest, size_bytes: u64) -> Result<Bytes> {
+    /// A whole blob, from the store or into it; `what` it is. Whoever names it bounds its size. `arriving` is told how
+    /// much of it is here, since when the answer has been arriving, and what time its first byte took.
+    async fn blob(
+        &self,
+        what: &str,
+        digest: Digest,
+        size_bytes: u64,
+        arriving: impl Fn(u64, Duration, Duration),
+    ) -> Result<Bytes> {
         if let Some(blob) = self.stored(digest).await? {
             return Ok(blob);
         }
         let what = || format!("fetch {what} {digest}");
         let get = self.begin_get();
+        let asked = Instant::now();
         let reader = self.repository.blob(&digest, size_bytes).await;
         let mut reader = reader.map_err(|error| Error::registry(what(), error))?;
+        let (answered, round_trip) = (Instant::now(), asked.elapsed());
         let mut blob = Vec::new();
         // The reader ends at that size; it fails if the digest differs.
-        reader.read_to_end(&mut blob).await.map_err(|error| match error.downcast() {
+        while reader.read_buf(&mut blob).await.map_err(|error| match error.downcast() {
             Ok(error) => Error::registry(what(), error),
             Err(error) => Error::io(what(), error),
-        })?;
+        })? > 0
+        {
+            arriving(blob.len() as u64, answered.elapsed(), round_trip);
+        }
         self.end_get(get, blob.len());
         let blob = Bytes::from(blob);
         self.keep(digest, blob.clone()).await?;

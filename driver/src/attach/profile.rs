@@ -121,7 +121,7 @@ impl Attaching<'_> {
                 let digest: Digest = manifest.parse().map_err(bad)?;
                 let manifest = parse(digest, image, &self.stored(digest).await?.ok_or_else(|| gone(digest))?)?;
                 if let Some(of_manifest) = &manifest.hot {
-                    hot = self.begin_hot(of_manifest, false).await?;
+                    hot = self.add_hot(of_manifest).await?;
                 }
             }
             Ok(Profile { trace, hot, kept: kept.clone() })
@@ -133,7 +133,7 @@ impl Attaching<'_> {
         tracing::warn!("{}: starting without a profile: {}", self.location, error.chain());
     }
 
-    /// A profile of the image's index: its hot blob is on its way when this returns, and before its trace is here.
+    /// A profile of the image's index: its hot blob is on its way when this returns, whether its trace is here or not.
     async fn published(&self, image: Digest, listed: &ListedProfile) -> Result<Profile> {
         let digest = listed.descriptor.digest;
         let bytes = self.profile_manifest(&listed.descriptor).await?;
@@ -141,7 +141,7 @@ impl Attaching<'_> {
         // With the trace here already, what the layers have is known in a moment: no byte is fetched in vain.
         let early = self.stored(manifest.trace.digest).await?.is_none();
         let hot = match &manifest.hot {
-            Some(hot) if listed.trust == Trust::Bytes => self.begin_hot(hot, early).await?,
+            Some(hot) if listed.trust == Trust::Bytes => self.add_hot(hot).await?,
             _ => None,
         };
         let name = listed.name.clone().unwrap_or_else(|| digest.to_string());
@@ -151,8 +151,15 @@ impl Attaching<'_> {
             trace: manifest.trace.digest.to_string(),
             manifest: hot.as_ref().map(|_| digest.to_string()),
         };
-        // Not before the hot blob is on its way: the disk takes its time.
-        let ((), trace) = tokio::try_join!(self.keep_if_new(digest, bytes), self.published_trace(&manifest.trace))?;
+        let streamed = async {
+            if let (Some(hot), true) = (&hot, early) {
+                self.turn.wait().await;
+                self.stream(hot);
+            }
+            Ok(())
+        };
+        let kept_manifest = self.keep_if_new(digest, bytes);
+        let ((), trace, ()) = tokio::try_join!(streamed, self.published_trace(&manifest.trace), kept_manifest)?;
         Ok(Profile { trace, hot, kept })
     }
 
@@ -175,7 +182,7 @@ impl Attaching<'_> {
                 inside
             }
             // The manifest's parser bounds the size.
-            None => self.blob("trace", descriptor.digest, descriptor.size).await?,
+            None => self.blob("trace", descriptor.digest, descriptor.size, |_, _, _| {}).await?,
         };
         decode(stored).await
     }
@@ -214,8 +221,8 @@ impl Attaching<'_> {
         Ok(Profile { trace, hot: None, kept })
     }
 
-    /// Makes a hot blob known to the engine; `early` = front to back is good enough until the trace is here.
-    async fn begin_hot(&self, hot: &HotRef, early: bool) -> Result<Option<Hot>> {
+    /// Makes a hot blob known to the engine.
+    async fn add_hot(&self, hot: &HotRef) -> Result<Option<Hot>> {
         let (store, encoded) = (Arc::clone(self.store), hot.table.clone());
         let opened = blocking(move || {
             let index = frames(&encoded)?;
@@ -237,15 +244,6 @@ impl Attaching<'_> {
         let (engine, image) = (&self.attachment.engine, self.attachment.image);
         let stopped = || Error::new(ErrorKind::Internal, "the engine has stopped");
         let added = engine.add_blobs(image, vec![new]).await?.pop().ok_or_else(stopped)?;
-        if early {
-            let step = |chunk: u32| PlanEntry {
-                chunk: ChunkKey { blob: added.key, chunk },
-                due: std::time::Duration::ZERO,
-                confidence: u8::MAX,
-            };
-            self.profile_is_known();
-            engine.set_plan(image, (0..index.len()).map(step).collect(), plan::CAP_BYTES_MIN);
-        }
         Ok(Some(Hot { file, index, added }))
     }
 
@@ -254,6 +252,18 @@ impl Attaching<'_> {
         if self.counters.events.fetching_begins() {
             self.counters.events.mark(Mark::Profile);
         }
+    }
+
+    /// Has the engine fetch a hot blob front to back, which is good enough until the trace is here.
+    fn stream(&self, hot: &Hot) {
+        let step = |chunk: u32| PlanEntry {
+            chunk: ChunkKey { blob: hot.added.key, chunk },
+            due: std::time::Duration::ZERO,
+            confidence: u8::MAX,
+        };
+        let steps = (0..hot.index.len()).map(step).collect();
+        self.profile_is_known();
+        self.attachment.engine.set_plan(self.attachment.image, steps, plan::CAP_BYTES_MIN);
     }
 
     /// Has the engine follow a profile, now that the layers are known.
