@@ -350,7 +350,7 @@ fn write_metadata(context: &Context, mut converted: Vec<Converted>) -> Result<(B
         let (tree, _) = read_tree(&layer.metadata).map_err(from_image).map_err(name)?;
         layer.metadata = Vec::new();
         let record = MergeRecord::decode(&layer.record).map_err(from_image).map_err(name)?;
-        merge.apply(&tree, &record).map_err(name)?;
+        merge.apply(&tree, &record, &layer.index).map_err(name)?;
         devices.push(DeviceSlot { blocks: layer.index.raw_len_blocks(), tag: digest });
         let blob_len_bytes = layer.reference.size_bytes;
         bundle.layers.push(BundledLayer { digest, blob_len_bytes, index: layer.index.clone() });

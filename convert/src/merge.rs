@@ -7,16 +7,19 @@
 //!
 //! A directory that the layer only implied takes the place of nothing: over a directory it keeps that one's attributes,
 //! over a symbolic link to a directory its contents go where the link leads, as container engines resolve parents.
+//!
+//! A chunk that several layers have is read where the lowest one has it ([`shared`]): one address, one place in caches.
+
+mod shared;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use ublkimg_image::{
-    DataBlock, DeviceNumber, FileData, FileLayout, Kind, LowerLink, MergeRecord, Meta, Node, NodeId, Space, Tree,
-};
+use ublkimg_image::{ChunkIndex, DeviceNumber, Kind, LowerLink, MergeRecord, Meta, Node, NodeId, Tree};
 
 use crate::error::{Error, Result};
 use crate::layer::{OPAQUE_XATTR, Walk, implied_meta};
 use crate::path::{components, show};
+use shared::{ChunkPlaces, DevicePlaces};
 
 /// Most nodes that a merge may hold, replaced ones included; bounds memory to a few GiB.
 const NODES_MAX: usize = 16 << 20;
@@ -26,13 +29,13 @@ const NODES_MAX: usize = 16 << 20;
 pub(crate) struct Merge {
     tree: Tree,
     devices: u16,
+    chunks: ChunkPlaces,
 }
 
 /// One layer while it is being applied.
 struct Upper<'a> {
     tree: &'a Tree,
-    device: u16,
-    metadata_blocks: u32,
+    data: DevicePlaces<'a>,
     implied: HashSet<NodeId>,
     plain_devices: HashSet<NodeId>,
     /// Nodes of the layer that are in the merge already, for hard links.
@@ -41,24 +44,23 @@ struct Upper<'a> {
 
 impl Merge {
     pub(crate) fn new() -> Self {
-        Self { tree: Tree::new(implied_meta()), devices: 0 }
+        Self { tree: Tree::new(implied_meta()), devices: 0, chunks: ChunkPlaces::default() }
     }
 
-    /// The merged tree; files are in [`Space::Device`], by layer.
+    /// The merged tree; files are in [`Space::Device`](ublkimg_image::Space::Device), by layer.
     pub(crate) fn into_tree(self) -> Tree {
         self.tree
     }
 
-    /// Puts a layer on top. `tree` is what its metadata says.
+    /// Puts a layer on top. `tree` is what its metadata says, `index` says where its chunks are.
     ///
     /// # Errors
     /// `BadSource` for a hard link to nothing.
-    pub(crate) fn apply(&mut self, tree: &Tree, record: &MergeRecord) -> Result<()> {
+    pub(crate) fn apply(&mut self, tree: &Tree, record: &MergeRecord, index: &ChunkIndex) -> Result<()> {
         let find = |paths: &[Vec<u8>]| paths.iter().filter_map(|path| tree.lookup(path)).collect();
         let mut upper = Upper {
             tree,
-            device: self.devices,
-            metadata_blocks: record.metadata_blocks,
+            data: self.chunks.add_device(self.devices, record.metadata_blocks, index),
             implied: find(&record.implied_directories),
             plain_devices: find(&record.plain_devices),
             merged: HashMap::new(),
@@ -142,7 +144,7 @@ impl Merge {
         }
         let mut node = upper.tree.node(id).clone();
         if let Kind::File(data) = &mut node.kind {
-            *data = upper.move_to_device(data)?;
+            *data = upper.data.move_file(data)?;
         }
         let merged = self.add(node)?;
         upper.merged.insert(id, merged);
@@ -219,26 +221,6 @@ impl Merge {
             parent.ok_or_else(|| Error::bad_source(format!("entry {}: its directory is gone", show(path))))?;
         self.tree.link(parent, name, node);
         Ok(())
-    }
-}
-
-impl Upper<'_> {
-    /// The same data seen from the merged image: the layer's whole image is one device, metadata first.
-    fn move_to_device(&self, data: &FileData) -> Result<FileData> {
-        let move_block = |at: DataBlock| {
-            let block = at.block.checked_add(self.metadata_blocks);
-            let block = block.ok_or_else(|| Error::unsupported("a layer of more than 16 TiB"))?;
-            Ok(DataBlock { space: Space::Device(self.device), block })
-        };
-        let layout = match &data.layout {
-            FileLayout::Contiguous(_) if data.size_bytes == 0 => FileData::EMPTY.layout,
-            FileLayout::Contiguous(at) => FileLayout::Contiguous(move_block(*at)?),
-            FileLayout::Chunked { chunk_blocks_log2, blocks } => FileLayout::Chunked {
-                chunk_blocks_log2: *chunk_blocks_log2,
-                blocks: blocks.iter().map(|block| block.map(move_block).transpose()).collect::<Result<_>>()?,
-            },
-        };
-        Ok(FileData { size_bytes: data.size_bytes, layout })
     }
 }
 

@@ -4,7 +4,8 @@
 //! chunk and is cut every 256 KiB, so an unchanged file has unchanged chunks wherever it moves. Smaller files are packed
 //! in path order (what is used together lies together), and a pack ends at a file boundary that the *contents* choose:
 //! when one file changes, the packs after it are cut where they were before. Packs come first, large files after them.
-//! Every file starts at a block; the rest of its last block is zero. Equal contents are stored once.
+//! Every file starts at a block; the rest of its last block is zero. Equal contents are stored once, and so are equal pieces
+//! of large files.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -99,12 +100,19 @@ pub(crate) fn place(layer: &mut Layer, spool: &Spool) -> Result<Plan> {
     let mut plan = Plan::default();
     let mut first_blocks: HashMap<ContentId, Vec<u32>> = HashMap::with_capacity(order.len());
     pack_small(&mut plan, spool, order.iter().filter(is_small), &mut first_blocks)?;
+    // First blocks of the pieces of large files, by their place in the spool.
+    let mut placed: HashMap<u64, u32> = HashMap::new();
     for id in order.iter().filter(|id| !is_small(id)) {
         let content = spool.content(*id);
         let mut blocks = Vec::with_capacity(content.stored.len());
         for piece in &content.stored {
+            if let Some(first) = placed.get(&piece.offset_bytes) {
+                blocks.push(*first);
+                continue;
+            }
             let first = plan.push(piece.offset_bytes, content.piece_len_bytes(piece.piece))?;
             plan.end_chunk(first);
+            placed.insert(piece.offset_bytes, first);
             blocks.push(first);
         }
         first_blocks.insert(*id, blocks);
@@ -158,13 +166,15 @@ fn pack_small<'a>(
     Ok(())
 }
 
-/// `first_blocks`: of the stored pieces, which lie one after another.
+/// `first_blocks`: of the stored pieces.
 fn layout(content: &Content, first_blocks: &[u32]) -> FileLayout {
     let own = |block: u32| DataBlock { space: Space::Own, block };
     if content.size_bytes == 0 {
         return FileData::EMPTY.layout;
     }
+    let in_one_run = first_blocks.windows(2).all(|pair| pair[0] + CHUNK_BLOCKS == pair[1]);
     if !content.has_holes()
+        && in_one_run
         && let Some(first) = first_blocks.first()
     {
         return FileLayout::Contiguous(own(*first));

@@ -1,8 +1,9 @@
 //! Contents of files between the archive and the blob: one unlinked file per layer.
 //!
 //! A layer's metadata comes first in its blob and is known last, so file contents wait on disk. Each file is cut in
-//! pieces of one chunk; a piece of zeros is a hole and takes no room. Contents are named by a SHA-256, and one that is
-//! already here is stored once. The file has no name, so nothing is left behind however the program ends.
+//! pieces of one chunk; a piece of zeros is a hole and takes no room. Contents are named by a SHA-256, and so are the
+//! pieces of large ones; what is already here is stored once. The file has no name, so nothing is left behind however
+//! the program ends.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -30,7 +31,7 @@ pub(crate) struct ContentId(u32);
 #[derive(Debug)]
 pub(crate) struct Content {
     pub(crate) size_bytes: u64,
-    /// Digest of the size and the pieces; equal contents have equal identities.
+    /// Digest of the size and the digests of the pieces; equal contents have equal identities.
     pub(crate) identity: Sha256,
     /// The pieces that are not holes, in order.
     pub(crate) stored: Vec<StoredPiece>,
@@ -70,6 +71,8 @@ pub(crate) struct Spool {
     len_bytes: u64,
     contents: Vec<Content>,
     by_identity: HashMap<Sha256, ContentId>,
+    /// Where the pieces of large contents start: some 50 bytes for each 256 KiB of the layer.
+    by_digest: HashMap<Sha256, u64>,
     holed_pieces: u64,
     /// The piece being filled.
     buffer: Vec<u8>,
@@ -89,6 +92,7 @@ impl Spool {
             len_bytes: 0,
             contents: Vec::new(),
             by_identity: HashMap::new(),
+            by_digest: HashMap::new(),
             holed_pieces: 0,
             buffer: Vec::with_capacity(PIECE_BYTES),
         })
@@ -98,7 +102,14 @@ impl Spool {
     pub(crate) fn write(&mut self) -> ContentWriter<'_> {
         self.buffer.clear();
         let end_bytes = self.len_bytes;
-        ContentWriter { spool: self, hasher: sha2::Sha256::new(), stored: Vec::new(), size_bytes: 0, end_bytes }
+        ContentWriter {
+            spool: self,
+            hasher: sha2::Sha256::new(),
+            stored: Vec::new(),
+            new: HashMap::new(),
+            size_bytes: 0,
+            end_bytes,
+        }
     }
 
     pub(crate) fn content(&self, id: ContentId) -> &Content {
@@ -127,6 +138,8 @@ pub(crate) struct ContentWriter<'a> {
     spool: &'a mut Spool,
     hasher: sha2::Sha256,
     stored: Vec<StoredPiece>,
+    /// The pieces that the spool did not have.
+    new: HashMap<Sha256, u64>,
     size_bytes: u64,
     /// End of what was written to the file, which becomes its length if the content is kept.
     end_bytes: u64,
@@ -182,14 +195,20 @@ impl ContentWriter<'_> {
         if spool.buffer.iter().all(|byte| *byte == 0) {
             self.hasher.update([HOLE]);
         } else {
+            let digest = Sha256::of(&spool.buffer);
             self.hasher.update([STORED]);
-            self.hasher.update(&spool.buffer);
+            self.hasher.update(digest.0);
             let piece = u32::try_from((self.size_bytes - 1) / CHUNK_BYTES)
                 .map_err(|_| Error::unsupported("a file of more than 1 PiB"))?;
-            let what = || format!("temporary directory {}", spool.dir.display());
-            spool.file.write_all_at(&spool.buffer, self.end_bytes).map_err(|error| Error::io(what(), error))?;
-            self.stored.push(StoredPiece { piece, offset_bytes: self.end_bytes });
-            self.end_bytes += spool.buffer.len() as u64;
+            let known = spool.by_digest.get(&digest).or_else(|| self.new.get(&digest));
+            let offset_bytes = known.copied().unwrap_or(self.end_bytes);
+            if known.is_none() {
+                let what = || format!("temporary directory {}", spool.dir.display());
+                spool.file.write_all_at(&spool.buffer, self.end_bytes).map_err(|error| Error::io(what(), error))?;
+                self.end_bytes += spool.buffer.len() as u64;
+                self.new.insert(digest, offset_bytes);
+            }
+            self.stored.push(StoredPiece { piece, offset_bytes });
         }
         spool.buffer.clear();
         Ok(())
@@ -215,13 +234,17 @@ impl ContentWriter<'_> {
         let id = u32::try_from(self.spool.contents.len()).map_err(|_| Error::unsupported("2^32 files in one layer"))?;
         let id = ContentId(id);
         self.spool.len_bytes = self.end_bytes;
+        // Small contents are packed with others, so no piece of a large one can be theirs.
+        if content.size_bytes >= CHUNK_BYTES {
+            self.spool.by_digest.extend(self.new);
+        }
         self.spool.contents.push(content);
         self.spool.by_identity.insert(identity, id);
         Ok(id)
     }
 }
 
-/// What the identity of a content says about a piece: a hole, or that the piece's bytes follow.
+/// What the identity of a content says about a piece: a hole, or that the piece's digest follows.
 const HOLE: u8 = 0;
 const STORED: u8 = 1;
 
@@ -253,6 +276,26 @@ mod tests {
         let mut back = vec![0; 5];
         spool.read_at(&mut back, spool.content(other).stored[0].offset_bytes).unwrap();
         assert_eq!(back, b"other");
+    }
+
+    #[test]
+    fn equal_pieces_of_large_contents_are_stored_once() {
+        let mut spool = spool();
+        let piece = |fill: u8| vec![fill; PIECE_BYTES];
+        let first = add(&mut spool, &[piece(1), piece(2), piece(1), vec![3; 10]].concat());
+        let offsets = |spool: &Spool, id| {
+            spool.content(id).stored.iter().map(|piece| piece.offset_bytes / CHUNK_BYTES).collect::<Vec<_>>()
+        };
+        assert_eq!((offsets(&spool, first), spool.len_bytes()), (vec![0, 1, 0, 2], 2 * CHUNK_BYTES + 10));
+        let second = add(&mut spool, &[piece(2), piece(4), vec![3; 10]].concat());
+        assert_eq!(offsets(&spool, second)[0], 1);
+        assert_eq!(spool.content(second).stored[2], StoredPiece { piece: 2, offset_bytes: 2 * CHUNK_BYTES });
+        // What was not finished is not there.
+        spool.write().data(&[piece(5), piece(5)].concat()).unwrap();
+        let third = add(&mut spool, &[piece(6), piece(5)].concat());
+        let mut back = piece(0);
+        spool.read_at(&mut back, spool.content(third).stored[1].offset_bytes).unwrap();
+        assert_eq!(back, piece(5));
     }
 
     #[test]

@@ -16,7 +16,7 @@ enum Target {
     Node(NodeId),
     /// Not there, but this is its place; perhaps another link waits there.
     Missing(Place),
-    /// Not even its directory is there.
+    /// Not even its directory is there, or it is itself a directory that no entry describes.
     Nowhere,
 }
 
@@ -97,6 +97,8 @@ impl LayerBuilder {
             }
         }
         Ok(match self.child(walk.here(), name) {
+            // Only implied: in the layers below it may be a link to a directory, which can have another name.
+            Some(node) if self.implied[node.index()] => Target::Nowhere,
             Some(node) => Target::Node(node),
             None => Target::Missing((walk.here(), name.to_vec())),
         })

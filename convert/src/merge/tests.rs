@@ -1,9 +1,16 @@
 //! Layers on top of each other, case by case.
 
-use ublkimg_image::{DeviceNumber, Kind, NodeId};
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+
+use ublkimg_image::{
+    CHUNK_BLOCKS, CHUNK_BYTES, ChunkIndexBuilder, DataBlock, DeviceNumber, FileLayout, Kind, NodeId, Space, read_tree,
+};
 
 use super::Merge;
+use crate::blob::write_layer_blob;
 use crate::error::Result;
+use crate::frames::Compress;
 use crate::layer::{OPAQUE_XATTR, for_each_path, read_tar};
 use crate::spool::Spool;
 use crate::tar::builder::{HeaderBuilder, TarBuilder};
@@ -18,7 +25,7 @@ fn merge(layers: impl IntoIterator<Item = TarBuilder>) -> Result<ublkimg_image::
     for tar in layers {
         let mut spool = Spool::new(&std::env::temp_dir())?;
         let layer = read_tar(tar.finish().as_slice(), &mut spool)?;
-        merge.apply(&layer.tree, &layer.record)?;
+        merge.apply(&layer.tree, &layer.record, &ChunkIndexBuilder::new(0).finish())?;
     }
     Ok(merge.into_tree())
 }
@@ -114,10 +121,14 @@ fn hard_links_across_layers() {
     assert_eq!(shape([linked(), tar().file("a", b"22")]), "a:2 b:1");
     assert_eq!(shape([linked(), tar().file(".wh.a", b"")]), "b:1");
     assert_eq!(shape([tar().file("d/a", b"1").symlink("l", "d"), tar().hard_link("b", "l/a")]), "b:1= d/ d/a:1= l@d");
+    // The layer goes through a link below it, and names that link too.
+    let through = tar().hard_link("m", "l").file("l/f", b"1");
+    assert_eq!(shape([tar().dir("d", 0o755).symlink("l", "d"), through]), "d/ d/f:1 l@d= m@d=");
     let missing = error([tar().file("a", b""), tar().hard_link("x/b", "nothing")]);
     assert_eq!(missing.kind(), ErrorKind::BadSource);
     assert!(missing.to_string().contains("x/b") && missing.to_string().contains("nothing"), "{missing}");
     assert_eq!(error([tar().dir("d", 0o755), tar().hard_link("b", "d")]).kind(), ErrorKind::BadSource);
+    assert_eq!(error([tar().dir("d", 0o755), tar().hard_link("b", "d").file("d/f", b"")]).kind(), ErrorKind::BadSource);
     assert_eq!(error([tar().hard_link("a", "b").hard_link("b", "a")]).kind(), ErrorKind::BadSource);
 }
 
@@ -125,4 +136,62 @@ fn hard_links_across_layers() {
 fn plain_devices_0_0_are_not_whiteouts() {
     let device = tar().entry(HeaderBuilder::new(b'3', "a").device(0, 0), b"");
     assert_eq!(shape([tar().file("a", b"1"), device]), "ac0,0");
+}
+
+/// A file: a letter for each piece of 256 KiB, a digit for a short one at the end.
+fn pieces(text: &str) -> Vec<u8> {
+    let piece = |letter: u8| match letter {
+        b'0'..=b'9' => vec![letter; 100 + usize::from(letter)],
+        _ => (0..CHUNK_BYTES).map(|at| u8::try_from(at % u64::from(letter)).unwrap()).collect(),
+    };
+    text.bytes().flat_map(piece).collect()
+}
+
+#[test]
+fn equal_pieces_have_one_address_in_the_image() {
+    let layers = [
+        &[("a", "xyx1"), ("b", "yx1"), ("run", "pqr"), ("small", "1")][..],
+        &[("c", "zyx2"), ("d", "xyx1"), ("part", "qrp"), ("small-too", "1"), ("run", "pqr")],
+        &[("e", "z"), ("f", "zz2")],
+    ];
+    let dir = std::env::temp_dir();
+    let mut merge = Merge::new();
+    for files in layers {
+        let tar = files.iter().fold(tar(), |tar, (name, text)| tar.file(name, &pieces(text)));
+        let mut spool = Spool::new(&dir).unwrap();
+        let layer = read_tar(tar.finish().as_slice(), &mut spool).unwrap();
+        let how = Compress { level: 1, threads: NonZeroUsize::MIN };
+        let blob = write_layer_blob(layer, &spool, &dir, how, &|_| Ok(())).unwrap();
+        let (tree, _) = read_tree(&blob.metadata).unwrap();
+        merge.apply(&tree, &blob.record, &blob.index).unwrap();
+    }
+    let tree = merge.into_tree();
+    let mut addresses: HashMap<(char, bool), DataBlock> = HashMap::new();
+    for (name, text) in layers.iter().copied().flatten() {
+        let Kind::File(data) = &tree.node(tree.lookup(name.as_bytes()).unwrap()).kind else { panic!("{name}") };
+        assert_eq!(data.size_bytes, pieces(text).len() as u64);
+        let found: Vec<DataBlock> = match &data.layout {
+            FileLayout::Contiguous(first) => (0..)
+                .map(|piece| DataBlock { block: first.block + piece * CHUNK_BLOCKS, ..*first })
+                .take(text.len())
+                .collect(),
+            FileLayout::Chunked { chunk_blocks_log2: 6, blocks } => blocks.iter().map(|block| block.unwrap()).collect(),
+            FileLayout::Chunked { .. } => panic!("{name}"),
+        };
+        assert_eq!(found.len(), text.len());
+        for (letter, address) in text.chars().zip(found) {
+            // What is packed with other small files is not a piece of a large one.
+            let address_then = *addresses.entry((letter, text.len() == 1)).or_insert(address);
+            assert_eq!(address, address_then, "{letter} of {name}");
+        }
+    }
+    let mut distinct: Vec<DataBlock> = addresses.values().copied().collect();
+    distinct.sort();
+    distinct.dedup();
+    // x y p q r 1 of the lowest layer, whose only small file is a pack, and so a chunk, like the short piece 1; z 2.
+    assert_eq!((addresses.len(), distinct.len()), (10, 8));
+    assert_eq!(distinct.iter().filter(|address| address.space == Space::Device(0)).count(), 6);
+    // Where the pieces of a file still lie in a row, they stay one run.
+    let Kind::File(run) = &tree.node(tree.lookup(b"run").unwrap()).kind else { panic!() };
+    assert_eq!(run.layout, FileLayout::Contiguous(addresses[&('p', false)]));
 }

@@ -42,6 +42,41 @@ async fn the_same_image_has_the_same_digest_however_many_threads() {
     assert_eq!(other.metadata_raw_bytes, summaries[0].metadata_raw_bytes);
 }
 
+/// The digests below are part of the format: whoever converted before and converts again must get the same blobs. Change
+/// them only with what FORMAT.md says a converter writes, and note it in its section 8.
+#[tokio::test(flavor = "multi_thread")]
+async fn digests_are_pinned() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = format!("oci:{}/source:v1", dir.path().display());
+    let mut base = Vec::new();
+    for number in 0..60_u64 {
+        let data = fixture::noise(number, usize::try_from(number * 3001 % 40_000).unwrap());
+        base.extend(fixture_file(&format!("usr/share/file{number}"), &data));
+    }
+    let large = fixture::noise(99, 700_000);
+    base.extend(fixture_file("usr/lib/large", &large));
+    base.extend(fixture_file("usr/lib/sparse", &[&[0; 300_000][..], &large].concat()));
+    let mut upper = fixture_file("usr/share/.wh.file3", b"");
+    upper.extend(fixture_file("usr/lib/copy", &large));
+    upper.extend(fixture_file("usr/share/file4", b"changed"));
+    let config = format!(
+        r#"{{"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":["{}","{}"]}}}}"#,
+        fixture::sha256(&base),
+        fixture::sha256(&upper)
+    );
+    fixture::push_layers(&source, &[(fixture::TAR, base), (fixture::TAR, upper)], config.as_bytes()).await;
+    let platform = "linux/amd64".parse().unwrap();
+    let destination = format!("oci:{}/converted:v1", dir.path().display());
+    let converted = run_with(&source, &destination, &Options { platform, ..Options::default() }).await.unwrap();
+    let digests = converted.layers.iter().map(|layer| layer.digest).chain([converted.manifest]);
+    let expected = [
+        "sha256:222d05c42f96c4bec1f2d3bc262935abbfd96e052639bc4c500173f1ee2ca1fd",
+        "sha256:6d0b41eda8ddcea8b5e127333518db66d0477d3d444125dd5882c1f04fb7b1ce",
+        "sha256:d1312e5f1ddd1f26dc0bf740382bd124564be3e3986f91fd4c3c0828773e90e4",
+    ];
+    assert_eq!(digests.map(|digest| digest.to_string()).collect::<Vec<_>>(), expected);
+}
+
 /// One file as a tar entry.
 pub(crate) fn fixture_file(path: &str, data: &[u8]) -> Vec<u8> {
     let mut header = tar_core::Header::new_ustar();
