@@ -8,6 +8,7 @@ mod fixture;
 mod optimize;
 mod registry;
 mod same;
+mod stacks;
 mod tree;
 
 use std::fs::File;
@@ -62,7 +63,7 @@ async fn three_layers_of_all_compressions_make_the_same_tree_as_tar_does() {
     check_layer_blobs(&destination, &summary).await;
 }
 
-/// Each blob is an image of its own for `zstd -d`.
+/// Each blob is an image of its own for `zstd -d` and the kernel.
 async fn check_layer_blobs(location: &str, summary: &Summary) {
     let repository = repository(location).await;
     for layer in &summary.layers {
@@ -75,6 +76,9 @@ async fn check_layer_blobs(location: &str, summary: &Summary) {
         let raw = dir.path().join("blob");
         assert_eq!(std::fs::metadata(&raw).unwrap().len(), layer.raw_bytes);
         fixture::fsck(&raw);
+        if fixture::is_root() {
+            fixture::with_mount(&raw, |mounted| assert!(mounted.read_dir().unwrap().all(|entry| entry.is_ok())));
+        }
     }
 }
 

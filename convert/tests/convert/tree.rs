@@ -9,7 +9,6 @@ use std::path::Path;
 use sha2::Digest as _;
 
 /// Everything that can be seen of an object.
-#[derive(Debug, PartialEq, Eq)]
 struct Object {
     kind: &'static str,
     mode: u32,
@@ -26,30 +25,65 @@ struct Object {
     content: Vec<u8>,
 }
 
-/// Compares type, mode, owner, mtime with nanoseconds, links, device number, xattrs, link target, size and content.
+/// Panics if there are [`differences`].
 pub(crate) fn assert_same(expected: &Path, actual: &Path) {
+    let differences = differences(expected, actual);
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+    assert!(read(expected).len() > 100, "the reference tree is suspiciously small");
+}
+
+/// Compares type, mode, owner, mtime with nanoseconds, links, device number, xattrs, link target, size and content.
+pub(crate) fn differences(expected: &Path, actual: &Path) -> Vec<String> {
     let (mut expected, actual) = (read(expected), read(actual));
-    let subdirectories = |path: &[u8]| {
-        let is_inside = |other: &Vec<u8>| !other.is_empty() && parent(other) == path;
-        2 + expected.iter().filter(|(other, object)| object.kind == "directory" && is_inside(other)).count() as u64
-    };
-    let links: Vec<u64> = expected.keys().map(|path| subdirectories(path)).collect();
-    for (object, links) in expected.values_mut().zip(links) {
-        if object.kind == "directory" {
-            object.links = links;
-        }
+    let mut subdirectories: BTreeMap<Vec<u8>, u64> = BTreeMap::new();
+    for (path, _) in expected.iter().filter(|(path, object)| object.kind == "directory" && !path.is_empty()) {
+        *subdirectories.entry(parent(path).to_vec()).or_default() += 1;
     }
+    for (path, object) in expected.iter_mut().filter(|(_, object)| object.kind == "directory") {
+        object.links = 2 + subdirectories.get(path).copied().unwrap_or_default();
+    }
+    let mut differences = Vec::new();
     for (path, object) in &expected {
-        let shown = path.escape_ascii();
         match actual.get(path) {
-            Some(other) => assert_eq!(other, object, "\"{shown}\" (left: image, right: reference)"),
-            None => panic!("\"{shown}\" is missing"),
+            Some(other) => differences.extend(object.compare(other).map(|text| format!("{} {text}", shown(path)))),
+            None => differences.push(format!("{} is missing", shown(path))),
         }
     }
-    for path in actual.keys() {
-        assert!(expected.contains_key(path), "\"{}\" should not be there", path.escape_ascii());
+    let surplus = actual.keys().filter(|path| !expected.contains_key(*path));
+    differences.extend(surplus.map(|path| format!("{} is too many", shown(path))));
+    differences
+}
+
+impl Object {
+    /// What `other` has differently.
+    fn compare(&self, other: &Self) -> impl Iterator<Item = String> {
+        self.fields()
+            .into_iter()
+            .zip(other.fields())
+            .filter(|(expected, found)| expected != found)
+            .map(|((name, expected), (_, found))| format!("has {name} {found}, not {expected}"))
     }
-    assert!(expected.len() > 100, "the reference tree is suspiciously small");
+
+    fn fields(&self) -> [(&'static str, String); 11] {
+        let xattrs = self.xattrs.iter().map(|(name, value)| format!("{}={}", shown(name), shown(value)));
+        [
+            ("type", self.kind.to_owned()),
+            ("mode", format!("{:o}", self.mode)),
+            ("owner", format!("{:?}", self.owner)),
+            ("mtime", format!("{:?}", self.mtime)),
+            ("links", self.links.to_string()),
+            ("first name", shown(&self.same_as)),
+            ("device", self.device.to_string()),
+            ("xattrs", xattrs.collect::<Vec<_>>().join(" ")),
+            ("target", shown(&self.target)),
+            ("size", self.size.to_string()),
+            ("content", shown(&self.content)),
+        ]
+    }
+}
+
+fn shown(bytes: &[u8]) -> String {
+    format!("\"{}\"", bytes.escape_ascii())
 }
 
 fn parent(path: &[u8]) -> &[u8] {
