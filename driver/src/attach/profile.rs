@@ -12,7 +12,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use ublkimg_image::trace::Trace;
-use ublkimg_image::{ChunkId, ChunkIndex, ChunkIndexBuilder, HotTable, Sha256};
+use ublkimg_image::{Chunk, ChunkId, ChunkIndex, ChunkIndexBuilder, HotTable, Sha256};
 use ublkimg_registry::Digest;
 use ublkimg_registry::descriptor::Descriptor;
 use ublkimg_registry::profile::{HotRef, ListedProfile, ProfileChoice, ProfileManifest, Trust};
@@ -26,6 +26,9 @@ use crate::image::{ServedBlob, ServedHot};
 use crate::start_events::Mark;
 use crate::store::{BlobFile, TRACE_BYTES_MAX};
 use crate::trace_file;
+
+/// Of a hot blob, before the metadata has had its turn: a connection is open then, and the link is known.
+const FIRST_BYTES: u64 = 256 << 10;
 
 /// Where the profile of a start comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -153,8 +156,9 @@ impl Attaching<'_> {
         };
         let streamed = async {
             if let (Some(hot), true) = (&hot, early) {
+                self.stream(hot, FIRST_BYTES);
                 self.turn.wait().await;
-                self.stream(hot);
+                self.stream(hot, u64::MAX);
             }
             Ok(())
         };
@@ -254,16 +258,17 @@ impl Attaching<'_> {
         }
     }
 
-    /// Has the engine fetch a hot blob front to back, which is good enough until the trace is here.
-    fn stream(&self, hot: &Hot) {
-        let step = |chunk: u32| PlanEntry {
-            chunk: ChunkKey { blob: hot.added.key, chunk },
+    /// Has the engine fetch a hot blob front to back, which is good enough until the trace is here: the frames that end
+    /// before `end_bytes`, and at least the first.
+    fn stream(&self, hot: &Hot, end_bytes: u64) {
+        let step = |frame: Chunk| PlanEntry {
+            chunk: ChunkKey { blob: hot.added.key, chunk: frame.index },
             due: std::time::Duration::ZERO,
             confidence: u8::MAX,
         };
-        let steps = (0..hot.index.len()).map(step).collect();
+        let frames = hot.index.iter().take_while(|frame| frame.index == 0 || frame.stored.end <= end_bytes);
         self.profile_is_known();
-        self.attachment.engine.set_plan(self.attachment.image, steps, plan::CAP_BYTES_MIN);
+        self.attachment.engine.set_plan(self.attachment.image, frames.map(step).collect(), plan::CAP_BYTES_MIN);
     }
 
     /// Has the engine follow a profile, now that the layers are known.

@@ -1,9 +1,10 @@
 //! Whose turn the link is while an image is attached.
 //!
 //! The program cannot run before the metadata is here, and then wants the hot blob from its first frame on. Side by side
-//! they would each have half of the link, so the device would come later and the last frame no sooner. The hot blob is
-//! therefore asked for when what is left of the metadata arrives within the round trip that its first byte takes: the
-//! link is never idle, and the metadata never shares it for long.
+//! they would each have half of the link, so the device would come later and the last frame no sooner. Only the first
+//! frames are therefore asked for at once, which opens a connection while the link is idle; the others when what is left
+//! of the metadata arrives within the round trip that their first byte takes. So the link is never idle, and the metadata
+//! never shares it for long.
 //!
 //! What is left takes `left / rate`, with the rate seen since the answer began. Before [`SAMPLE_BYTES`] that says nothing
 //! (what lies in a socket's buffer arrives at once), and a wrong guess costs no more than a shared link.
