@@ -17,7 +17,7 @@ FUZZ_SECONDS := 600
 
 POWERCUT_SEEDS := 200
 
-.PHONY: powercut build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate demo demo-vm starts starts-vm docs uml-kernel clean-caches
+.PHONY: powercut build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -32,6 +32,14 @@ starts: programs ## scipy, nginx and node, started in several ways over one shap
 starts-vm: programs ## the same over /dev/ublkb0 in a User-Mode-Linux guest
 	@bench/starts/prepare.sh $(BIN)
 	@bench/starts/vm.sh $(BIN) $(STARTS_FLAGS)
+
+bench-convert: programs ## converting a tree beside `tar | zstd -3`; bench/README.md. BENCH_TREE=DIR for another tree
+	@$(if $(BENCH_TREE),,bench/convert/prepare.sh target/bench/python-tree)
+	@$(BIN)/convert --tree '$(or $(BENCH_TREE),target/bench/python-tree)' --program $(BIN)/ublkimg $(BENCH_FLAGS)
+
+debian-images: deps ## images made of Debian packages, converted and compared with what umoci unpacks; ten minutes
+	@tests/debian-images.sh target/debian-images
+	UBLKIMG_IMAGES=$(abspath target/debian-images) cargo test -p ublkimg-convert $(PROFILE) --test convert -- --nocapture images_of_packages
 
 docs: programs ## man pages and shell completions, in target/docs
 	$(BIN)/ublkimg docs target/docs
@@ -88,6 +96,7 @@ test: deps ## everything that must hold; under 25 minutes on two cores
 
 test-full: export UBLKIMG_STACKS := 400
 test-full: ## and what takes long: the whole demo image on the stock kernels, ten times as many stacks of layers
+	@$(MAKE) --no-print-directory debian-images
 	@$(MAKE) --no-print-directory test LANES=lanes-full
 
 simulate: ## how near recorded starts come to their bound: TRACES=DIR [OUT=FILE.json] [WRONG=FILE.json]

@@ -59,7 +59,7 @@ pub(crate) fn fsck(image: &Path) {
 }
 
 /// Mounts an image through a loop device for as long as `look` takes.
-pub(crate) fn with_mount(image: &Path, look: impl FnOnce(&Path) + std::panic::UnwindSafe) {
+pub(crate) fn with_mount(image: &Path, look: impl FnOnce(&Path)) {
     let filesystems = fs::read_to_string("/proc/filesystems").unwrap();
     if !filesystems.lines().any(|line| line.ends_with("\terofs")) {
         println!("SKIP: this kernel has no EROFS (modprobe erofs)");
@@ -72,7 +72,7 @@ pub(crate) fn with_mount(image: &Path, look: impl FnOnce(&Path) + std::panic::Un
         &["-t", "erofs", "-o", "ro,loop", image.to_str().unwrap(), path.to_str().unwrap()],
         Path::new("/"),
     );
-    let looked = std::panic::catch_unwind(|| look(&path));
+    let looked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| look(&path)));
     command("umount", &[mount_point.path().to_str().unwrap()], Path::new("/"));
     looked.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }

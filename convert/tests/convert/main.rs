@@ -10,6 +10,7 @@ mod registry;
 mod same;
 mod stacks;
 mod tree;
+mod umoci;
 
 use std::fs::File;
 

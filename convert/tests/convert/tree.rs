@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read as _;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
@@ -145,6 +146,17 @@ fn object(path: &Path, metadata: &fs::Metadata, same_as: Vec<u8>) -> Object {
         xattrs: xattrs.collect(),
         target: if is_symlink { fs::read_link(path).unwrap().as_os_str().as_bytes().to_vec() } else { Vec::new() },
         size: if is_dir { 0 } else { metadata.size() },
-        content: if is_file { sha2::Sha256::digest(fs::read(path).unwrap()).to_vec() } else { Vec::new() },
+        content: if is_file { digest(path) } else { Vec::new() },
+    }
+}
+
+fn digest(path: &Path) -> Vec<u8> {
+    let (mut file, mut hasher) = (fs::File::open(path).unwrap(), sha2::Sha256::new());
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        match file.read(&mut buffer).unwrap() {
+            0 => return hasher.finalize().to_vec(),
+            count => hasher.update(&buffer[..count]),
+        }
     }
 }
