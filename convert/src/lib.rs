@@ -29,6 +29,8 @@ mod convert;
 mod error;
 mod export;
 mod frames;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod hashing;
 mod layer;
 mod merge;

@@ -10,6 +10,8 @@
 #![forbid(unsafe_code)]
 
 mod blobs;
+mod layers;
+mod manifests;
 mod metadata;
 mod plan;
 mod sample;
@@ -27,7 +29,11 @@ struct Target {
     seeds: fn() -> Vec<Vec<u8>>,
 }
 
-const TARGETS: [Target; 10] = [
+const TARGETS: [Target; 14] = [
+    Target { name: "tar", check: ublkimg_convert::fuzzing::archive, seeds: ublkimg_convert::fuzzing::archive_seeds },
+    Target { name: "decompress", check: ublkimg_convert::fuzzing::decompress, seeds: layers::decompress_seeds },
+    Target { name: "layers", check: layers::layers, seeds: layers::layers_seeds },
+    Target { name: "manifest", check: manifests::manifest, seeds: manifests::manifest_seeds },
     Target { name: "trace", check: traces::trace, seeds: traces::trace_seeds },
     Target { name: "trace_log", check: traces::trace_log, seeds: traces::trace_log_seeds },
     Target { name: "hot_table", check: traces::hot_table, seeds: traces::hot_table_seeds },

@@ -11,7 +11,8 @@
 //! - PAX `path`, `linkpath`, `size`, `uid`, `gid` and `mtime` beat GNU long names, which beat the header;
 //! - the archive ends at two zero blocks or at the end of the input; what follows is ignored.
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(dead_code, reason = "the tests use all of it"))]
 pub(crate) mod builder;
 mod number;
 mod pax;
