@@ -66,7 +66,7 @@ fn main() -> Result<()> {
     let (files, bytes) = count(&arguments.tree)?;
     println!("{}: {files} files, {:.1} MB", arguments.tree.display(), mb(bytes));
     let converting = |level: &i32| Arm::new(format!("ublkimg convert --level {level}"), Some(*level));
-    let mut arms = vec![Arm::new("tar | zstd -3".to_owned(), None)];
+    let mut arms = vec![Arm::new("tar, zstd -3".to_owned(), None)];
     arms.extend(arguments.levels.iter().map(converting));
     for _ in 0..arguments.rounds {
         for arm in &mut arms {
