@@ -1,5 +1,6 @@
 //! The command line, as clap derives it; help texts, man pages and completions come from here.
 
+pub(crate) mod cache;
 pub(crate) mod trace;
 
 use std::path::PathBuf;
@@ -70,6 +71,8 @@ pub(crate) enum Command {
     Optimize(trace::Optimize),
     /// Look at, merge, compare, draw and pass on recorded starts
     Trace(trace::Trace),
+    /// Look at, check, and make room in the store of this host
+    Cache(cache::Cache),
     /// Say what this host has and lacks
     Doctor(Doctor),
     /// Run the daemon that serves the devices (`add` starts it when needed)
@@ -134,9 +137,12 @@ pub(crate) struct Add {
     /// How long attaching and mounting may take
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
     pub(crate) timeout: Duration,
-    /// How long a read may wait for the registry before it fails
-    #[arg(long, value_name = "TIME", default_value = "300s", value_parser = duration)]
-    pub(crate) read_timeout: Duration,
+    /// How long a read may wait for a registry that does not answer
+    #[arg(long, alias = "read-timeout", value_name = "TIME", default_value = "300s", value_parser = duration)]
+    pub(crate) io_timeout: Duration,
+    /// What becomes of it then: it fails, and the next read tries afresh, or it goes on waiting
+    #[arg(long, value_enum, default_value_t = OnTimeout::Eio, value_name = "WHAT")]
+    pub(crate) on_timeout: OnTimeout,
     #[command(flatten)]
     pub(crate) start: StartArguments,
     /// Do not keep the order of the first run on this host; without a published profile it is kept for the next `add`
@@ -153,6 +159,14 @@ pub(crate) struct Add {
     /// Print the device as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum OnTimeout {
+    /// Readers get EIO
+    Eio,
+    /// Readers wait until the registry answers or the device is removed
+    Hold,
 }
 
 /// How an image is started.
@@ -361,6 +375,9 @@ pub(crate) struct Daemon {
     /// With --stop: leave the devices to the next daemon; their readers wait for it
     #[arg(long, requires = "stop")]
     pub(crate) keep_devices: bool,
+    /// How much room the store may take
+    #[command(flatten)]
+    pub(crate) limits: cache::LimitArguments,
     /// Run in a session of its own, as `add` starts it
     #[arg(long, hide = true, conflicts_with = "stop")]
     pub(crate) background: bool,

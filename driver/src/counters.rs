@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 
 use crate::first_reads::FirstReadStatistics;
+use crate::outage::Outage;
 use crate::start_events::StartEvents;
 
 /// Counted while it happens, without a lock.
@@ -28,6 +29,8 @@ pub struct ImageCounters {
     pub fetched_bytes: AtomicU64,
     /// Chunks whose bytes were not what the chunk index promises.
     pub verification_failures: AtomicU64,
+    /// Who waits for the registry.
+    pub(crate) outage: Outage,
     /// What these add up, event by event, while there is room.
     pub(crate) events: StartEvents,
 }

@@ -22,7 +22,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use crossbeam::channel::Sender;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use ublkimg_image::ChunkIndex;
 use ublkimg_registry::{Digest, ErrorKind as RegistryErrorKind, Repository};
 use ublkimg_scheduler::{BlobKey, BlobKind, ChunkKey, Class, FetchKey};
@@ -30,6 +30,7 @@ use ublkimg_scheduler::{BlobKey, BlobKind, ChunkKey, Class, FetchKey};
 use crate::counters::ImageCounters;
 use crate::decode::{DecodeJob, DecodeQueue, Decoders};
 use crate::error::{Error, Result};
+use crate::outage::{SILENCE_MIN, Wait};
 use crate::start_events::Get;
 use crate::store::BlobFile;
 
@@ -167,7 +168,7 @@ impl Spawner {
         }
         let (decoders, progress) = (self.decoders.clone(), self.progress.clone());
         self.runtime.spawn(async move {
-            let mut download = Download { job, decoders, progress, frame: BytesMut::new(), begun: false };
+            let mut download = Download { job, decoders, progress, frame: BytesMut::new(), begun: false, wait: None };
             let outcome = download.read_from_any().await;
             download.finish(outcome);
         });
@@ -182,6 +183,8 @@ struct Download {
     /// What there is of the first of them.
     frame: BytesMut,
     begun: bool,
+    /// While the registry does not answer.
+    wait: Option<Wait>,
 }
 
 /// Why one source did not deliver.
@@ -273,9 +276,14 @@ impl Download {
         let mut answer = source.repository.blob_stream(&source.blob, range);
         while !self.job.order.chunks.is_empty() {
             let deadline = *heard + source.read_deadline;
+            let silence = *heard + SILENCE_MIN;
             let piece = tokio::select! {
                 piece = timeout_at(deadline, answer.next()) => piece,
                 () = removal(source) => return Err(Trouble::Removed),
+                () = sleep_until(silence), if self.wait.is_none() => {
+                    self.waits(source, "the registry is silent");
+                    continue;
+                }
             };
             let piece = match piece {
                 Ok(Some(Ok(piece))) => piece,
@@ -285,6 +293,7 @@ impl Download {
                 Err(_) => return Err(self.trouble(source, None, deadline, pause)),
             };
             *heard = Instant::now();
+            self.wait = None;
             get.came(piece.len());
             if !self.begun {
                 self.begun = true;
@@ -324,19 +333,31 @@ impl Download {
         }
     }
 
+    /// The fetch waits, because of `cause`.
+    fn waits(&mut self, source: &Source, cause: &str) {
+        match &self.wait {
+            Some(wait) => wait.heard(cause),
+            None => {
+                let what = format!("{}s {:?} of blob {}", name_of(self.job.kind), self.job.order.chunks, source.blob);
+                self.wait = Some(Wait::begin(&source.counters, &what, cause));
+            }
+        }
+    }
+
     /// What an error of a source means, or that it was silent until the deadline.
     fn trouble(
-        &self,
+        &mut self,
         source: &Source,
         error: Option<&ublkimg_registry::Error>,
         deadline: Instant,
         pause: Duration,
     ) -> Trouble {
         let waits = error.is_none_or(|error| error.kind() == RegistryErrorKind::Unavailable);
+        let cause = error.map_or_else(|| "the read deadline passed".to_owned(), ToString::to_string);
         if waits && Instant::now() + pause < deadline {
+            self.waits(source, &cause);
             return Trouble::Later;
         }
-        let cause = error.map_or_else(|| "the read deadline passed".to_owned(), ToString::to_string);
         let (what, chunks) = (name_of(self.job.kind), &self.job.order.chunks);
         tracing::error!("fetch: {what}s {chunks:?} of blob {}: {cause}", source.blob);
         Trouble::Certain(if waits { Outcome::Failed(libc::EIO) } else { Outcome::Refused(libc::EIO) })

@@ -169,26 +169,30 @@ pub(crate) fn read(image: &Arc<ServedImage>, start_block: u32, len_blocks: u32) 
 
     let mut plan = Plan::new();
     let mut first = image.begin(start_block, len_blocks);
-    while image.plan(start_block, len_blocks, &mut plan) == Readiness::Missing {
-        let (woken, wakes) = crossbeam::channel::bounded(1);
-        image.demand(&plan, image.wait(&mut first), Box::new(move |outcome| woken.send(outcome).unwrap()));
-        let outcome = wakes.recv().expect("the waiter is called");
-        if let Err(errno) = outcome {
-            image.answered(&first, Err(errno));
-            return Err(errno);
-        }
-    }
-    let mut bytes = Vec::new();
-    for piece in plan.pieces() {
-        let start = bytes.len();
-        match *piece {
-            Piece::Zero { len_bytes } => bytes.resize(start + len_bytes as usize, 0),
-            Piece::File { file, offset_bytes, len_bytes } => {
-                bytes.resize(start + len_bytes as usize, 0xEE);
-                image.files()[usize::from(file)].read_exact_at(&mut bytes[start..], offset_bytes).unwrap();
+    loop {
+        while image.plan(start_block, len_blocks, &mut plan) == Readiness::Missing {
+            let (woken, wakes) = crossbeam::channel::bounded(1);
+            image.demand(&plan, image.wait(&mut first), Box::new(move |outcome| woken.send(outcome).unwrap()));
+            let outcome = wakes.recv().expect("the waiter is called");
+            if let Err(errno) = outcome {
+                image.answered(&first, Err(errno));
+                return Err(errno);
             }
         }
+        let mut bytes = Vec::new();
+        for piece in plan.pieces() {
+            let start = bytes.len();
+            match *piece {
+                Piece::Zero { len_bytes } => bytes.resize(start + len_bytes as usize, 0),
+                Piece::File { file, offset_bytes, len_bytes } => {
+                    bytes.resize(start + len_bytes as usize, 0xEE);
+                    image.files()[usize::from(file)].read_exact_at(&mut bytes[start..], offset_bytes).unwrap();
+                }
+            }
+        }
+        if image.was_there(&plan) {
+            image.answered(&first, Ok(len_blocks * 4096));
+            return Ok(bytes);
+        }
     }
-    image.answered(&first, Ok(len_blocks * 4096));
-    Ok(bytes)
 }

@@ -21,6 +21,7 @@ use crate::engine::{Attachment, ImageReport};
 use crate::error::{Error, ErrorKind, Result};
 use crate::first_reads::{DeviceRead, FirstReads, Waited};
 use crate::hot::{HotMap, Withdrawn};
+use crate::outage::Waiting;
 use crate::start_events::StartEvents;
 use crate::store::{BlobFile, Place};
 
@@ -486,6 +487,12 @@ impl ServedImage {
     #[must_use]
     pub fn statistics(&self) -> ImageStatistics {
         ImageStatistics { first_reads: self.first_reads.statistics(), ..self.counters.statistics() }
+    }
+
+    /// What waits for the registry now.
+    #[must_use]
+    pub fn waiting(&self) -> Option<Waiting> {
+        self.counters.outage.waiting()
     }
 
     /// What is done so that reads do not wait.

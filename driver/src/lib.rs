@@ -17,6 +17,9 @@ pub mod image;
 pub mod kernel;
 pub mod mounts;
 pub mod namespace;
+mod outage;
+#[cfg(test)]
+mod outage_tests;
 #[cfg(test)]
 mod profile_fixture;
 #[cfg(test)]
@@ -34,4 +37,5 @@ pub use engine::{Engine, ImageReport};
 pub use error::{Error, ErrorKind, Result};
 pub use first_reads::{DeviceRead, FirstReadStatistics, Waited};
 pub use image::{PrefetchReport, ServedImage};
+pub use outage::Waiting;
 pub use store::Store;

@@ -111,6 +111,67 @@ fn past_the_end_there_are_zeros() {
 }
 
 #[test]
+fn what_was_evicted_is_fetched_again_when_it_is_read() {
+    let rig = Rig::new();
+    let image = two_layers();
+    let loaded = rig.attach(&rig.push(&image, "v1")).unwrap();
+    let all = device_blocks(&image);
+    assert!(read(&loaded.image, 0, all).unwrap() == image.device);
+    let nothing = std::collections::BTreeSet::new();
+    let needed = std::collections::BTreeSet::from([ublkimg_image::Sha256(loaded.manifest_digest.0)]);
+    let freed = rig.store.make_room(u64::MAX, &nothing, &needed).unwrap();
+    assert_eq!((freed, loaded.image.stored_bytes().0), (349 * 4096, 0));
+    std::thread::scope(|scope| {
+        // Readers while it goes on.
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| (0..10).for_each(|_| assert!(read(&loaded.image, 0, all).unwrap() == image.device)))
+            })
+            .collect();
+        while readers.iter().any(|reader| !reader.is_finished()) {
+            rig.store.make_room(20 * 4096, &nothing, &needed).unwrap();
+            // A read of the whole device is to have a chance.
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+    assert_eq!(rig.store.check().unwrap().damaged_blocks, 0);
+}
+
+#[test]
+fn a_full_disk_and_a_broken_one_are_served_from_memory() {
+    let rig = Rig::new();
+    let image = two_layers();
+    let loaded = rig.attach(&rig.push(&image, "v1")).unwrap();
+    let all = device_blocks(&image);
+    crate::store::journal::set_trouble(rig.root.path(), Some(|_| Some(rustix::io::Errno::NOSPC)));
+    for _ in 0..2 {
+        assert!(read(&loaded.image, 0, all).unwrap() == image.device);
+    }
+    assert_eq!(loaded.image.statistics().fetched_chunks, 45, "what is in memory is not fetched again");
+    assert_eq!((loaded.image.stored_bytes().0, rig.store.room().unwrap().overflowed_chunks), (0, 45));
+    crate::store::journal::set_trouble(rig.root.path(), Some(|_| Some(rustix::io::Errno::IO)));
+    assert!(read(&loaded.image, 0, all).unwrap() == image.device);
+    crate::store::journal::set_trouble(rig.root.path(), None);
+    drop(loaded);
+    let rig = rig.restart();
+    assert_eq!(rig.store.check().unwrap().damaged_blocks, 0);
+}
+
+#[test]
+fn blocks_that_the_disk_cannot_read_are_fetched_again() {
+    let rig = Rig::new();
+    let image = two_layers();
+    let loaded = rig.attach(&rig.push(&image, "v1")).unwrap();
+    let all = device_blocks(&image);
+    assert!(read(&loaded.image, 0, all).unwrap() == image.device);
+    // As a device does that met an error.
+    assert!(loaded.image.cannot_read(1, 0, 8192));
+    assert!(!loaded.image.cannot_read(0, 0, 4096), "the metadata image is not fetched in parts");
+    assert!(read(&loaded.image, 0, all).unwrap() == image.device);
+    assert_eq!(loaded.image.statistics().fetched_chunks, 46);
+}
+
+#[test]
 fn many_readers_of_one_image_fetch_each_chunk_once() {
     let rig = Rig::new();
     let image = two_layers();

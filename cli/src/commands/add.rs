@@ -16,7 +16,7 @@ use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_driver::mounts;
 
 use super::{daemon, fill, mount_helper};
-use crate::args::{Add, FillArgument, Global, TransportArgument};
+use crate::args::{Add, FillArgument, Global, OnTimeout, TransportArgument};
 use crate::output;
 
 /// A mount reads the superblock and the root, which are in the store: more time than this means that something hangs.
@@ -85,7 +85,8 @@ fn add_request(command: &Add) -> anyhow::Result<AddRequest> {
         plain_http: command.registry.plain_http,
         auth_file: command.registry.auth_file.as_deref().map(super::absolute).transpose()?,
         attach_timeout_ms: milliseconds(command.timeout),
-        read_timeout_ms: milliseconds(command.read_timeout),
+        read_timeout_ms: milliseconds(command.io_timeout),
+        holds_reads: command.on_timeout == OnTimeout::Hold,
         start: StartOptions {
             profile: profile(&command.start.profile)?,
             command: command.start.command.clone(),

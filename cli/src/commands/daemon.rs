@@ -4,10 +4,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use ublkimg_driver::daemon::protocol::Request;
+use ublkimg_driver::daemon::protocol::{Limits, Request};
 use ublkimg_driver::daemon::{Directories, ServerOptions, client, guard, run_server};
 use ublkimg_driver::error::{Error, ErrorKind};
 
+use crate::args::cache::LimitArguments;
 use crate::args::{Daemon, Global};
 
 /// How long a server may take to end: its devices are left or gone by then.
@@ -19,7 +20,7 @@ pub(super) fn run(global: &Global, command: &Daemon) -> anyhow::Result<()> {
         return stop(&directories, command.keep_devices);
     }
     if command.server {
-        return Ok(run_server(ServerOptions { directories })?);
+        return Ok(run_server(ServerOptions { directories, limits: limits(command) })?);
     }
     if command.background {
         // Fails only for a process group leader, which then has a session already.
@@ -31,12 +32,20 @@ pub(super) fn run(global: &Global, command: &Daemon) -> anyhow::Result<()> {
         let mut server = std::process::Command::new(&executable);
         pass_global(&mut server, &directories, &global.log);
         server.args(["daemon", "--server"]);
+        let LimitArguments { cache_limit, free_floor } = command.limits;
+        for (name, bytes) in [("--cache-limit", cache_limit), ("--free-floor", free_floor)] {
+            server.args(bytes.into_iter().flat_map(|bytes| [name.to_owned(), bytes.to_string()]));
+        }
         server.into()
     })?;
     if outcome == guard::Outcome::AlreadyRunning {
         tracing::warn!("a daemon runs already for {}", directories.run.display());
     }
     Ok(())
+}
+
+fn limits(command: &Daemon) -> Limits {
+    Limits { cache_bytes_max: command.limits.cache_limit, free_bytes_min: command.limits.free_floor }
 }
 
 fn stop(directories: &Directories, keep_devices: bool) -> anyhow::Result<()> {

@@ -1,6 +1,7 @@
 //! One module a command.
 
 mod add;
+mod cache;
 mod convert;
 mod daemon;
 mod docs;
@@ -42,6 +43,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Inspect(command) => inspect::run(&command),
         Command::Optimize(command) => optimize::run(&command),
         Command::Trace(command) => trace::run(&command),
+        Command::Cache(command) => cache::run(global, &command),
         Command::Doctor(command) => doctor::run(&command),
         Command::Daemon(command) => daemon::run(global, &command),
         Command::Docs(command) => docs::run(&command),

@@ -1,7 +1,9 @@
 //! `ublkimg status`: one device in detail.
 
+use std::time::Duration;
+
 use serde::Serialize;
-use ublkimg_driver::daemon::protocol::{Answer, DeviceStatus, FillMode, Request, StartFigures};
+use ublkimg_driver::daemon::protocol::{Answer, DeviceStatus, FillMode, Request, StartFigures, Waiting};
 use ublkimg_driver::daemon::{Directories, client};
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_driver::mounts;
@@ -46,11 +48,18 @@ pub(super) fn run(global: &Global, command: &Status) -> anyhow::Result<()> {
         ("fetched", format!("{} chunks ({})", counters.fetched_chunks, output::bytes(counters.fetched_bytes))),
         ("registry requests", counters.registry_requests.to_string()),
         ("stored", output::bytes(device.stored_bytes)),
+        ("waiting", device.waiting.as_ref().map_or_else(|| "nobody".to_owned(), waiting)),
         ("verification failures", counters.verification_failures.to_string()),
     ] {
         output::line(format!("{label:22}{value}").trim_end())?;
     }
     print_start(&start)
+}
+
+/// Who waits for the registry, since when and why.
+fn waiting(waiting: &Waiting) -> String {
+    let since = Duration::from_millis(waiting.since_ms).as_secs_f64();
+    format!("{} fetches, since {since:.0} s: {}", waiting.fetches, waiting.cause)
 }
 
 /// What is known of the start of a device.

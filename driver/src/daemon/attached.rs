@@ -37,6 +37,7 @@ impl Attached {
             stored_bytes,
             layer_bytes,
             metadata_bytes: self.image.metadata_bytes(),
+            waiting: self.image.waiting(),
         }
     }
 }

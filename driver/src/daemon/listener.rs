@@ -66,6 +66,7 @@ where
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         match listener.accept().await {
+            Ok((stream, _)) if !is_ours(&stream) => tracing::warn!("a connection of another user is refused"),
             Ok((stream, _)) => {
                 let (handle, last) = (handle.clone(), Arc::clone(&last));
                 tokio::spawn(async move {
@@ -81,6 +82,12 @@ where
             }
         }
     }
+}
+
+/// Whether root or our own user is at the other end. The socket's mode says the same, but a mode can be changed.
+fn is_ours(stream: &UnixStream) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own)
 }
 
 async fn converse<H, F>(mut stream: UnixStream, handle: H, last: &Notify) -> std::io::Result<()>

@@ -14,6 +14,7 @@
 //! device is gone, so a server that is started again knows every device that it must take back.
 
 mod attached;
+pub mod cache;
 pub mod client;
 pub mod guard;
 mod listener;

@@ -10,7 +10,9 @@ use crate::counters::ImageStatistics;
 use crate::device::Transport;
 use crate::error::ErrorKind;
 pub use crate::figures::{BoundFigures, FillFigures, RecordingFigures, StartFigures};
+pub use crate::outage::Waiting;
 use crate::start_events::StartEvent;
+pub use crate::store::{Checked, Limits, Room, Usage};
 
 /// A request line may have this many bytes: a command of 128 KiB, each byte escaped, a few paths of at most 4 KiB each and
 /// the names around them.
@@ -80,11 +82,93 @@ pub enum Request {
         /// How hard.
         mode: FillMode,
     },
+    /// Look after the store.
+    Cache(CacheRequest),
     /// End the server. Refused while it has devices, unless they are to be left for the next server.
     Stop {
         /// Leave the devices in the kernel: readers wait until a server takes them back.
         keep_devices: bool,
     },
+}
+
+/// What `cache` asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum CacheRequest {
+    /// What is there.
+    Status,
+    /// Read everything, and drop what is damaged.
+    Verify,
+    /// Evict what is beyond these limits, or beyond the daemon's if none is given.
+    Collect {
+        /// See [`Limits`].
+        cache_bytes_max: Option<u64>,
+        /// See [`Limits`].
+        free_bytes_min: Option<u64>,
+        /// Also everything that no device has and nobody has pinned.
+        unused: bool,
+    },
+    /// Never evict what this device serves.
+    Pin {
+        /// The device's name.
+        name: String,
+    },
+    /// Take a pin away.
+    Unpin {
+        /// A device's name, or the reference or manifest digest of a pin.
+        target: String,
+    },
+}
+
+/// The answer to [`CacheRequest`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheAnswer {
+    /// To [`CacheRequest::Status`].
+    Status(CacheStatus),
+    /// To [`CacheRequest::Verify`].
+    Checked(Checked),
+    /// To [`CacheRequest::Collect`].
+    Freed {
+        /// Bytes that were given back.
+        freed_bytes: u64,
+    },
+    /// To the others.
+    Done,
+}
+
+/// What is in the store.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CacheStatus {
+    /// How much room there is.
+    pub room: Room,
+    /// How much it may take.
+    pub limits: Limits,
+    /// Blob files, least recently used first.
+    pub blobs: Vec<BlobLine>,
+    /// Pinned images.
+    pub pins: Vec<PinLine>,
+}
+
+/// A blob file and who has it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BlobLine {
+    /// What it takes.
+    #[serde(flatten)]
+    pub usage: Usage,
+    /// Names of the devices that serve it.
+    pub devices: Vec<String>,
+    /// Whether it is never evicted.
+    pub is_pinned: bool,
+}
+
+/// A pinned image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PinLine {
+    /// What it was called.
+    pub reference: String,
+    /// Digest of its manifest.
+    pub manifest: String,
 }
 
 /// What `add` asks for.
@@ -105,6 +189,9 @@ pub struct AddRequest {
     pub attach_timeout_ms: u64,
     /// How long a read may wait for the registry before it fails with EIO.
     pub read_timeout_ms: u64,
+    /// Reads wait for ever instead.
+    #[serde(default)]
+    pub holds_reads: bool,
     /// How the image is started.
     pub start: StartOptions,
 }
@@ -186,6 +273,8 @@ pub enum Answer {
         /// First reads that are missing in it because there was no room.
         lost: u64,
     },
+    /// To [`Request::Cache`].
+    Cache(CacheAnswer),
     /// To requests that return nothing.
     Done,
     /// To any request that failed.
@@ -226,4 +315,6 @@ pub struct DeviceStatus {
     pub layer_bytes: u64,
     /// Bytes of its metadata, with which the device begins.
     pub metadata_bytes: u64,
+    /// What waits for its registry.
+    pub waiting: Option<Waiting>,
 }

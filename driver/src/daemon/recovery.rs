@@ -107,7 +107,8 @@ async fn recover_one(server: &Arc<Server>, record: DeviceRecord) -> Result<bool>
         return Ok(false);
     }
     let location = parse_location(&record.reference)?;
-    let options = options(record.plain_http, record.auth_file.clone(), record.read_timeout_ms);
+    let (timeout_ms, holds_reads) = (record.read_timeout_ms, record.holds_reads);
+    let options = options(record.plain_http, record.auth_file.clone(), timeout_ms, holds_reads);
     let bad_record = |error| Error::caused(ErrorKind::Corrupt, format!("record of {}", record.name), error);
     let manifest: Digest = record.manifest.parse().map_err(bad_record)?;
     let profile = record.profile.as_ref();

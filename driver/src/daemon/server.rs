@@ -24,15 +24,21 @@ use super::protocol::{AddRequest, Answer, Fault, ProfileRequest, Request};
 use super::recording::finish_all;
 use super::start::Starting;
 use super::state::{DeviceRecord, Records, boot_id};
-use super::{Directories, listener, names, recovery};
+use super::{Directories, cache, listener, names, recovery};
 use crate::attach::{AttachOptions, LoadedImage, ProfileSource, attach};
 use crate::device::Prepared;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recorder::recover_logs;
 use crate::start_events::Mark;
-use crate::store::Store;
+use crate::store::{Limits, Store};
 use crate::{kernel, namespace};
+
+/// How long a read waits that is not to fail: longer than machines live.
+const FOR_EVER: Duration = Duration::from_secs(50 * 365 * 24 * 3600);
+
+/// Of -1000 (never) to 1000: before the last resort.
+const OOM_SCORE_ADJUSTMENT: &str = "-900";
 
 /// A killed server may take this long to let go of the store.
 const STORE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -42,6 +48,8 @@ const STORE_TIMEOUT: Duration = Duration::from_secs(20);
 pub struct ServerOptions {
     /// Where it keeps its things.
     pub directories: Directories,
+    /// How much room the store may take.
+    pub limits: Limits,
 }
 
 /// Runs a server until it is asked to stop. Must be called while the process has one thread.
@@ -49,8 +57,13 @@ pub struct ServerOptions {
 /// # Errors
 /// What kept it from starting: no rights, another server on the same root, no socket.
 pub fn run_server(options: ServerOptions) -> Result<()> {
-    let directories = options.directories;
+    let ServerOptions { directories, limits } = options;
     directories.create().map_err(|(path, error)| Error::io(format!("cannot create {}", path.display()), error))?;
+    raise_open_files();
+    // Who waits for a page of ours may be who is to be killed for memory: take others first.
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJUSTMENT) {
+        tracing::debug!("the score for the lack of memory is as it was: {error}");
+    }
     // Before any thread starts, and before recovery: see namespace.
     let detached = namespace::enter_private(&[&directories.root, &directories.run])?;
     tracing::info!(detached = detached.len(), "in a mount namespace of its own");
@@ -67,8 +80,19 @@ pub fn run_server(options: ServerOptions) -> Result<()> {
         locks: NameLocks::default(),
         stopping: AtomicBool::new(false),
         directories,
+        limits,
     });
     runtime.block_on(server.run())
+}
+
+/// A blob file in use takes four descriptors: the limit that a shell gives (1024) is soon reached.
+fn raise_open_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!("at most {:?} files can be open: {error}", limit.current);
+    }
 }
 
 /// Opens the store, waiting for a server that was killed to let go of it.
@@ -86,6 +110,7 @@ fn open_store(directories: &Directories) -> Result<Arc<Store>> {
 
 pub(super) struct Server {
     pub(super) directories: Directories,
+    pub(super) limits: Limits,
     pub(super) records: Records,
     pub(super) store: Arc<Store>,
     pub(super) engine: Engine,
@@ -104,6 +129,7 @@ impl Server {
         let handler = Arc::clone(&self);
         let terminated = terminated()?;
         let watching = tokio::spawn(Arc::clone(&self).watch_read_ahead());
+        let keeping_room = tokio::spawn(cache::keep_room(Arc::clone(&self)));
         tracing::info!(socket = %self.directories.socket().display(), "serving");
         tokio::select! {
             () = listener::serve(listener, move |request| Arc::clone(&handler).handle(request)) => {}
@@ -111,6 +137,7 @@ impl Server {
         }
         let _ = std::fs::remove_file(self.directories.socket());
         watching.abort();
+        keeping_room.abort();
         let mut attached = std::mem::take(&mut *self.attached.lock());
         finish_all(&mut attached);
         for (name, attached) in attached {
@@ -151,6 +178,10 @@ impl Server {
                 flatten(tokio::spawn(async move { self.ready(&name).await }).await).map(|()| Answer::Done)
             }
             Request::Fill { name, mode } => self.fill(&name, mode).map(|()| Answer::Done),
+            Request::Cache(request) => {
+                blocking(move || cache::serve(&self.store, &self.records, &self.limits, request).map(Answer::Cache))
+                    .await
+            }
             Request::List => Ok(Answer::Devices(self.attached.lock().values().map(Attached::status).collect())),
             Request::Stop { keep_devices } => self.stop(keep_devices).map(|()| Answer::Done),
         };
@@ -178,7 +209,8 @@ impl Server {
         }
         let transport = blocking(move || kernel::choose(request.transport)).await?;
         let location: Location = parse_location(&request.reference)?;
-        let mut options = options(request.plain_http, request.auth_file.clone(), request.read_timeout_ms);
+        let (timeout_ms, holds_reads) = (request.read_timeout_ms, request.holds_reads);
+        let mut options = options(request.plain_http, request.auth_file.clone(), timeout_ms, holds_reads);
         options.attach_deadline = Duration::from_millis(request.attach_timeout_ms);
         options.profile = source(&request.start.profile)?;
         options.command = command(&request.start.command);
@@ -192,6 +224,7 @@ impl Server {
             plain_http: request.plain_http,
             auth_file: request.auth_file,
             read_timeout_ms: request.read_timeout_ms,
+            holds_reads,
             profile: loaded.profile.as_ref().map(|profile| profile.kept.clone()),
             start: request.start,
             mounts: Vec::new(),
@@ -334,10 +367,15 @@ pub(super) fn parse_location(text: &str) -> Result<Location> {
 }
 
 /// How the registry of a device is spoken to.
-pub(super) fn options(plain_http: bool, auth_file: Option<PathBuf>, read_timeout_ms: u64) -> AttachOptions {
+pub(super) fn options(
+    plain_http: bool,
+    auth_file: Option<PathBuf>,
+    read_timeout_ms: u64,
+    holds_reads: bool,
+) -> AttachOptions {
     AttachOptions {
         client: ClientOptions { plain_http, auth_file, ..ClientOptions::default() },
-        read_deadline: Duration::from_millis(read_timeout_ms),
+        read_deadline: if holds_reads { FOR_EVER } else { Duration::from_millis(read_timeout_ms) },
         ..AttachOptions::default()
     }
 }

@@ -38,6 +38,9 @@ pub struct DeviceRecord {
     pub auth_file: Option<PathBuf>,
     /// See [`super::protocol::AddRequest::read_timeout_ms`].
     pub read_timeout_ms: u64,
+    /// See [`super::protocol::AddRequest::holds_reads`]. Records of version 0.1.0 lack it.
+    #[serde(default)]
+    pub holds_reads: bool,
     /// What it was started with. Records of version 0.1.0 lack it.
     #[serde(default)]
     pub profile: Option<KeptProfile>,
@@ -166,6 +169,7 @@ mod tests {
             plain_http: false,
             auth_file: None,
             read_timeout_ms: 300_000,
+            holds_reads: false,
             profile: None,
             start: StartOptions::default(),
             mounts: vec!["/mnt/a".into()],

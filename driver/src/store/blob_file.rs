@@ -383,9 +383,11 @@ impl BlobFile {
 }
 
 impl Drop for BlobFile {
-    /// Notes when it was last used, for when it is evicted.
+    /// Notes when it was last read, which says when it is evicted. Opening it to look is no use of it.
     fn drop(&mut self) {
-        let _ = self.live.get_mut().set_modified(std::time::SystemTime::now());
+        let used_s = self.used_s.iter().map(|used_s| used_s.load(Ordering::Relaxed)).max().unwrap_or_default();
+        let used = std::time::UNIX_EPOCH + std::time::Duration::from_secs(u64::from(used_s));
+        let _ = self.live.get_mut().set_modified(used);
     }
 }
 

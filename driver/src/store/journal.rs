@@ -32,7 +32,7 @@ pub(super) enum Step {
 }
 
 /// Says whether writing or syncing a file fails, and how.
-pub(super) type Trouble = fn(&Path) -> Option<rustix::io::Errno>;
+pub(crate) type Trouble = fn(&Path) -> Option<rustix::io::Errno>;
 
 #[derive(Default)]
 struct Journal {
@@ -59,7 +59,7 @@ pub(super) fn end(root: &Path) -> Vec<(PathBuf, Step)> {
 }
 
 /// What the disk of the store under `root` makes of writes and syncs from now on.
-pub(super) fn set_trouble(root: &Path, trouble: Option<Trouble>) {
+pub(crate) fn set_trouble(root: &Path, trouble: Option<Trouble>) {
     JOURNALS.lock().entry(root.to_owned()).or_default().trouble = trouble;
 }
 

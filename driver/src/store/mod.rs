@@ -10,7 +10,7 @@ mod bitmap_file;
 mod blob_file;
 mod disk;
 #[cfg(test)]
-mod journal;
+pub(crate) mod journal;
 mod layout;
 mod links;
 mod objects;

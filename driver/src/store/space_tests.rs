@@ -73,6 +73,20 @@ fn what_is_pinned_stays_and_what_is_empty_and_idle_leaves_no_file() {
 }
 
 #[test]
+fn looking_at_a_blob_is_no_use_of_it_and_its_last_use_outlives_the_process() {
+    let root = tempfile::tempdir().unwrap();
+    let store = store_at(root.path());
+    let blob = store.blob(index(1), BLOCKS).unwrap();
+    write(&blob, 0..512);
+    store.shared.clock_s.store(1000, Ordering::Relaxed);
+    blob.note_use(0..BLOCKS);
+    drop((blob, store));
+    for _ in 0..2 {
+        assert_eq!(store_at(root.path()).usage().unwrap()[0].used_s, 1000);
+    }
+}
+
+#[test]
 fn objects_go_when_nobody_needs_them_and_they_are_old() {
     let root = tempfile::tempdir().unwrap();
     let store = store_at(root.path());

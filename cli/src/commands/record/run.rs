@@ -147,6 +147,7 @@ fn add_request(command: &RecordRun, reference: &str, name: &str) -> anyhow::Resu
         auth_file: command.registry.auth_file.as_deref().map(super::super::absolute).transpose()?,
         attach_timeout_ms: add::milliseconds(ATTACH_TIMEOUT),
         read_timeout_ms: add::milliseconds(READ_TIMEOUT),
+        holds_reads: false,
         start: StartOptions {
             profile: add::profile(&command.profile)?,
             command: command.command.clone(),
