@@ -16,8 +16,10 @@ LANES := lanes
 FUZZ_SECONDS := 600
 
 POWERCUT_SEEDS := 200
+N := 500
+MINUTES := 60
 
-.PHONY: powercut build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm docs uml-kernel clean-caches
+.PHONY: powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -77,6 +79,15 @@ fuzz-long: deps ## fuzzes each target for FUZZ_SECONDS, going on where the last 
 
 powercut: deps ## cuts the power after every step of POWERCUT_SEEDS workloads of the store; `make unit` does three
 	UBLKIMG_POWERCUT_SEEDS=$(POWERCUT_SEEDS) cargo test -p ublkimg-driver --lib $(PROFILE) -- --nocapture power_cut
+
+faults: deps ## what becomes of reads when the registry fails, written into docs/guarantees.md
+	@tests/faults.sh cargo test -p ublkimg-driver --lib $(PROFILE) -- outage_tests
+
+kills: programs ## kills the daemon N times under load, in a guest; `make lanes` does twenty
+	@tests/vm/long.sh kills.sh $(BIN) $(N) $$((300 + 5 * $(N)))
+
+soak: programs ## adds, removes, kills, outages and evictions at once for MINUTES, in a guest; `make lanes` does one
+	@tests/vm/long.sh soak.sh $(BIN) $$((60 * $(MINUTES))) $$((300 + 60 * $(MINUTES)))
 
 guest-tests: programs
 	@tests/vm/guest-tests.sh $(BIN) $(PROFILE)

@@ -13,7 +13,7 @@ while (($#)); do
   *) wanted+=("$1"); shift ;;
   esac
 done
-for program in ublkimg test-registry list-tree read-latency; do
+for program in ublkimg test-registry list-tree read-latency steady-reader; do
   [[ -x $bin/$program ]] || die "no $program in ${bin:-the directory that --bin should name}"
 done
 root=$(realpath -- "$here/../..")
@@ -96,10 +96,10 @@ else
     "$here/run-uml.sh" "$here/lanes/$1" --mem 3G --timeout "$2" -- "/mnt/host$bin" "/mnt/host$3" "$4"
   }
 fi
-full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-corrupt" "$where-latency" "$where-profile")
+full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-corrupt" "$where-latency" "$where-profile" "$where-kills" "$where-soak")
 # The workspace's own tests of devices. On a host with ublk cargo has run them already.
 test_lanes=()
-[[ $where == host ]] || test_lanes=(uml-test-ublk uml-test-processes uml-test-cli_add uml-test-cli_daemon)
+[[ $where == host ]] || test_lanes=(uml-test-ublk uml-test-processes uml-test-cli_add uml-test-cli_daemon uml-test-cli_cache)
 if [[ $where == uml ]] && ! kernel=$("$here/run-uml.sh" --find-kernel 2>&1); then
   for name in "${test_lanes[@]}" "${full_lanes[@]}" uml-demo-image; do
     ! is_wanted "$name" || report SKIP "$name:" "${kernel#run-uml.sh: }"
@@ -120,7 +120,7 @@ done
 have_images=''
 if prepare images "${full_lanes[@]}" qemu-6.12 qemu-7.2; then have_images=1; else full_lanes=(); fi
 for name in "${full_lanes[@]}"; do
-  ! is_wanted "$name" || lane "$name" run_full "${name#"$where-"}.sh" 120 "$images" one
+  ! is_wanted "$name" || lane "$name" run_full "${name#"$where-"}.sh" 180 "$images" one
 done
 if ((${#full_lanes[@]})) && is_wanted "$where-demo-image" && prepare demo_image "$where-demo-image"; then
   lane "$where-demo-image" run_full tree.sh 300 "$demo_images" demo

@@ -1,0 +1,137 @@
+//! The store as an operator sees it: listed, checked, made smaller, pinned, while its images are read.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use ublkimg_tests::command::ublkimg;
+use ublkimg_tests::host::{self, Host};
+use ublkimg_tests::registry::{Auth, Credentials};
+use ublkimg_tests::sample_image::SampleImage;
+use ublkimg_tests::skip;
+
+/// What `cache ls` says.
+fn cache(host: &Host) -> Value {
+    serde_json::from_str(&host.ublkimg(&["cache", "ls", "--json"]).success().stdout).unwrap()
+}
+
+fn present_bytes(cache: &Value) -> u64 {
+    cache["blobs"].as_array().unwrap().iter().map(|blob| blob["present_bytes"].as_u64().unwrap()).sum()
+}
+
+/// All files below, with their bytes, past the page cache.
+fn read_all(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    files_below(dir)
+}
+
+fn files_below(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut files = Vec::new();
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
+            let kind = entry.file_type().unwrap();
+            if kind.is_dir() {
+                dirs.push(entry.path());
+            } else if kind.is_file() {
+                files.push((entry.path(), std::fs::read(entry.path()).unwrap()));
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+#[test]
+fn the_store_is_listed_checked_emptied_and_filled_again_while_it_is_in_use() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let dir = host.mounted("sample");
+    let files = read_all(&dir);
+    let full = cache(&host);
+    assert!(present_bytes(&full) > 0, "{full}");
+    assert_eq!(full["blobs"][0]["devices"].as_array().unwrap().len(), 1, "{full}");
+
+    host.ublkimg(&["cache", "gc", "--cache-limit", "0"]).success();
+    assert_eq!(present_bytes(&cache(&host)), 0);
+    assert!(read_all(&dir) == files, "what was evicted is fetched again");
+
+    let name = host.devices()[0]["name"].as_str().unwrap().to_owned();
+    host.ublkimg(&["cache", "pin", &name]).success();
+    host.ublkimg(&["cache", "gc", "--cache-limit", "0", "--unused"]).success();
+    assert_eq!(present_bytes(&cache(&host)), present_bytes(&full), "pinned");
+    host.ublkimg(&["rm", &name]).success();
+    host.ublkimg(&["daemon", "--stop"]).success();
+    host.ublkimg(&["cache", "gc", "--unused"]).success();
+    assert_eq!(present_bytes(&cache(&host)), present_bytes(&full), "pinned, and without a daemon");
+    host.ublkimg(&["cache", "unpin", &host.registry.reference("sample", "v1")]).success();
+    host.ublkimg(&["cache", "unpin", "sample"]).refused(3, &["sample"]);
+    host.ublkimg(&["cache", "gc", "--unused"]).success();
+    assert_eq!(cache(&host)["blobs"].as_array().unwrap().len(), 0);
+    host.end();
+}
+
+#[test]
+fn a_byte_that_changed_on_the_disk_is_found_and_fetched_again() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let dir = host.mounted("sample");
+    let files = read_all(&dir);
+    host.ublkimg(&["cache", "verify"]).success();
+    for entry in std::fs::read_dir(host.root.join("store/blobs")).unwrap().map(Result::unwrap) {
+        if entry.path().extension().is_some_and(|extension| extension == "data") {
+            let data = std::fs::File::options().read(true).write(true).open(entry.path()).unwrap();
+            let mut byte = [0];
+            let at = data.metadata().unwrap().len() / 2;
+            data.read_exact_at(&mut byte, at).unwrap();
+            data.write_all_at(&[byte[0] ^ 1], at).unwrap();
+        }
+    }
+    let found = host.ublkimg(&["cache", "verify", "--json"]);
+    assert_eq!(found.code, Some(6), "{}", found.stderr);
+    let found: Value = serde_json::from_str(&found.stdout).unwrap();
+    assert!(found["damaged_blocks"].as_u64().unwrap() > 0, "{found}");
+    host.ublkimg(&["cache", "verify"]).success();
+    assert!(read_all(&dir) == files);
+    host.end();
+}
+
+/// Every file below the host's directories, save the one that the user wrote the secret into.
+#[test]
+fn no_secret_is_written_anywhere() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let credentials = Credentials::new("user", "hunter2-secret");
+    let host = Host::new(Auth::Bearer { credentials, anonymous_pull: false, token_lifetime_s: 60 });
+    SampleImage::default().write_layout(&host.root.join("source"), "v1").unwrap();
+    host.convert("source", "sample");
+    let basic = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, "user:hunter2-secret");
+    let auth_file = host.root.join("auth.json");
+    std::fs::write(&auth_file, format!(r#"{{"auths": {{"{}": {{"auth": "{basic}"}}}}}}"#, host.registry.addr()))
+        .unwrap();
+    let dir = host.root.join("mnt-sample");
+    let arguments = ["--mount", dir.to_str().unwrap(), "--auth-file", auth_file.to_str().unwrap()];
+    let added = ublkimg(host.root.path()).args(["--log", "trace", "add", &host.registry.reference("sample", "v1")]);
+    let added = added.args(arguments).run().success();
+    assert!(!read_all(&dir).is_empty());
+    let status = host.ublkimg(&["status", "--json", dir.to_str().unwrap()]).success();
+    let mut texts = vec![added.stdout, added.stderr, status.stdout];
+    for below in ["store", "run"] {
+        texts.extend(
+            files_below(&host.root.join(below)).iter().map(|(_, bytes)| String::from_utf8_lossy(bytes).into_owned()),
+        );
+    }
+    assert!(texts.iter().any(|text| text.contains("registry")), "the log is among them");
+    for secret in ["hunter2-secret", &basic, "Bearer token-"] {
+        let holds = texts.iter().find(|text| text.contains(secret));
+        assert!(holds.is_none(), "{secret} in {:?}", holds.map(|text| text.chars().take(300).collect::<String>()));
+    }
+    host.end();
+}

@@ -1,0 +1,32 @@
+#!/bin/sh
+# kills.sh BIN IMAGES TAG [N] : the daemon is killed with -9 N times (20) at random moments, every tenth time with its guard,
+# while one device is read and compared all the time, another image comes and goes, and the store is emptied. No reader
+# sees an error, and nothing is left.
+. "$(dirname "$0")/guest.sh"
+. "$(dirname "$0")/load.sh"
+kills=${4:-20}
+registry one two
+steady one
+comings two &
+comings_pid=$!
+evictions &
+evictions_pid=$!
+for kill in $(seq "$kills"); do
+  began=$(date +%s%N)
+  pause 1000
+  if [ $((kill % 10)) = 0 ]; then victims=$(daemons); else victims=$(server); fi
+  # shellcheck disable=SC2086 # one word each
+  [ -z "$victims" ] || kill -9 $victims 2>/dev/null || true
+  # Some are killed again while they take their devices back.
+  if [ $((kill % 3)) = 0 ]; then
+    pause 400
+    # shellcheck disable=SC2046 # one word each
+    kill -9 $(server) 2>/dev/null || true
+  fi
+  [ $((kill % 10)) != 0 ] || ublkimg daemon >>"$WORK/run/daemon.out.log" 2>&1 </dev/null &
+  # More often than the guard allows would be another test.
+  while [ $(($(date +%s%N) - began)) -lt 2400000000 ]; do sleep 0.05; done
+done
+over "$comings_pid" "$evictions_pid"
+gone one two
+say "$kills kills"

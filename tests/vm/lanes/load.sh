@@ -1,0 +1,66 @@
+# shellcheck shell=dash
+# Sourced by the lanes that kill and break things under load, after guest.sh: what goes on meanwhile, and how it ends.
+# $WORK/over ends it.
+
+# below N : a random number below N
+below() { echo $(($(od -An -N4 -tu4 /dev/urandom) % $1)); }
+# pause MS : sleeps for a random time of up to MS
+pause() { sleep "$(below "$1" | awk '{ printf "%.3f", $1 / 1000 }')"; }
+server() {
+  for pid in $(daemons); do
+    case $(command_of "$pid") in *--server*) echo "$pid" ;; esac
+  done
+}
+
+# steady TAG : attaches TAG, checks its whole tree, and reads its device until the end
+steady() {
+  attach "$1"
+  same_tree "$WORK/$1" "$1"
+  cat "$DEV" >"$WORK/reference"
+  "$BIN/steady-reader" "$DEV" "$WORK/reference" "$WORK/over" >"$WORK/steady" 2>"$WORK/steady.errors" &
+  steady_pid=$!
+}
+
+# comings TAG : adds, compares and removes TAG again and again. A command whose daemon is killed fails and is given again.
+comings() {
+  rounds=0
+  while [ ! -e "$WORK/over" ]; do
+    if ublkimg add "$REG/sample:$1" --name "$1" --mount "$WORK/$1" --transport ublk >/dev/null 2>"$WORK/add.error"; then
+      "$BIN/list-tree" "$WORK/$1" >"$WORK/$1.listed" 2>"$WORK/$1.errors" || { echo "a reader of $1 failed: $(cat "$WORK/$1.errors")" >>"$WORK/faults"; }
+      cmp -s "$WORK/$1.listed" "$IMAGES/$1.list" || echo "the tree of $1 differs" >>"$WORK/faults"
+      rounds=$((rounds + 1))
+    fi
+    ublkimg rm "$1" >/dev/null 2>&1 || true
+  done
+  echo "$rounds" >"$WORK/rounds"
+}
+
+# evictions : empties the store again and again, so that reads have to fetch
+evictions() {
+  while [ ! -e "$WORK/over" ]; do
+    ublkimg cache gc --cache-limit 0 >/dev/null 2>&1 || true
+    pause 1500
+  done
+}
+
+# over : ends the load, and checks what the readers saw
+over() {
+  touch "$WORK/over"
+  wait "$steady_pid" || {
+    cat "$WORK/steady" "$WORK/steady.errors"
+    fail "the steady reader ended with an error"
+  }
+  wait "$@"
+  [ ! -e "$WORK/faults" ] || { cat "$WORK/faults"; fail "a reader saw a fault"; }
+  say "$(cat "$WORK/steady")"
+  say "$(cat "$WORK/rounds") times another image was added, read whole, and removed"
+}
+
+# gone TAG... : removes what is there, and looks for what is left
+gone() {
+  for tag; do ublkimg rm "$tag" >/dev/null 2>&1 || ublkimg rm "$tag" >/dev/null 2>&1 || true; done
+  [ "$(ublkimg ls | wc -l)" = 1 ] || fail "devices are left: $(ublkimg ls)"
+  ! ls "$WORK/store/devices/" 2>/dev/null | grep . || fail "records are left"
+  ! find "$WORK/store" -name '*.tmp' | grep . || fail "temporary files are left"
+  finish
+}
