@@ -5,6 +5,7 @@
 
 mod arrows;
 mod exit_codes;
+mod guarantees;
 mod repository;
 mod source;
 
