@@ -60,14 +60,15 @@ fn the_store_is_listed_checked_emptied_and_filled_again_while_it_is_in_use() {
     assert_eq!(present_bytes(&cache(&host)), 0);
     assert!(read_all(&dir) == files, "what was evicted is fetched again");
 
+    let kept = present_bytes(&cache(&host));
     let name = host.devices()[0]["name"].as_str().unwrap().to_owned();
     host.ublkimg(&["cache", "pin", &name]).success();
     host.ublkimg(&["cache", "gc", "--cache-limit", "0", "--unused"]).success();
-    assert_eq!(present_bytes(&cache(&host)), present_bytes(&full), "pinned");
+    assert!(kept > 0 && present_bytes(&cache(&host)) >= kept, "pinned");
     host.ublkimg(&["rm", &name]).success();
     host.ublkimg(&["daemon", "--stop"]).success();
     host.ublkimg(&["cache", "gc", "--unused"]).success();
-    assert_eq!(present_bytes(&cache(&host)), present_bytes(&full), "pinned, and without a daemon");
+    assert!(present_bytes(&cache(&host)) >= kept, "pinned, and without a daemon");
     host.ublkimg(&["cache", "unpin", &host.registry.reference("sample", "v1")]).success();
     host.ublkimg(&["cache", "unpin", "sample"]).refused(3, &["sample"]);
     host.ublkimg(&["cache", "gc", "--unused"]).success();
