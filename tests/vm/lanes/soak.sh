@@ -29,8 +29,8 @@ while [ "$(date +%s)" -lt $end ]; do
       [ "$now_files" -le $files ] || files=$now_files
     }
   done
-  faults '{"soak": {"path": "*", "for_ms": 700, "toxic": "refuse"}}'
-  sleep 1
+  faults '{"soak": {"after_ms": 200, "for_ms": 700, "toxic": "refuse"}}'
+  sleep 1.2
   pid=$(server)
   [ -z "$pid" ] || { kill -9 "$pid" 2>/dev/null && kills=$((kills + 1)); }
 done
