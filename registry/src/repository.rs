@@ -180,6 +180,18 @@ impl Repository {
         }
     }
 
+    /// Links the blob from the repository `from` of the same registry, sending no bytes; `false` when it is not there, or not
+    /// for us. A layout directory is one repository: nothing to link from.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub async fn mount_blob(&self, digest: &Digest, from: &str) -> Result<bool> {
+        match &self.0 {
+            Inner::Layout(_) => Ok(false),
+            Inner::Remote(remote) => remote.mount_blob(digest, from).await,
+        }
+    }
+
     /// Stores a manifest or index under `tag`, or by its digest alone. In a layout directory a manifest without a tag is
     /// listed in `index.json` too, unless an index there lists it: an index pushed after its manifests takes their place.
     ///

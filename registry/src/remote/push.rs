@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures_util::stream::{StreamExt, TryStreamExt};
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Body, Method, Response, StatusCode};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::io::ReaderStream;
 use url::Url;
 
@@ -27,6 +27,8 @@ const COMMIT_TIME: Duration = Duration::from_secs(300);
 /// How often a running upload is looked at.
 const PROGRESS_CHECK: Duration = Duration::from_millis(250);
 const FILE_READ_BYTES: usize = 256 << 10;
+/// An upload that failed is called off, if that takes no longer than this: registries drop what was forgotten after days.
+const CALL_OFF_TIME: Duration = Duration::from_secs(2);
 
 /// A registry that keeps the referrers of a manifest's subject says so (distribution spec, "Pushing Manifests with Subject").
 const SUBJECT_HEADER: HeaderName = HeaderName::from_static("oci-subject");
@@ -71,6 +73,25 @@ impl Remote {
         }
     }
 
+    /// Links a blob from another repository of this registry; `false` when there is nothing to link.
+    pub(crate) async fn mount_blob(&self, digest: &Digest, from: &str) -> Result<bool> {
+        let scope = Scope::push(self.reference.repository(), Some(from));
+        let mut backoff = self.backoff();
+        loop {
+            let slot = backoff.slot(&self.slots, self.transport.gate()).await?;
+            let attempt = self.begin_upload(digest, Some(from), &scope).await;
+            drop(slot);
+            match attempt {
+                Ok(None) => return Ok(true),
+                Ok(Some(place)) => {
+                    self.call_off(&place, &scope).await;
+                    return Ok(false);
+                }
+                Err(failure) => backoff.wait(failure).await?,
+            }
+        }
+    }
+
     async fn upload(
         &self,
         digest: &Digest,
@@ -79,24 +100,48 @@ impl Remote {
         mount_from: Option<&str>,
         scope: &Scope,
     ) -> Result<Pushed, Failure> {
-        let what = format!("upload of blob {digest}");
+        let Some(place) = self.begin_upload(digest, mount_from, scope).await? else { return Ok(Pushed::Mounted) };
+        let sent = self.finish_upload(digest, size_bytes, source, &place, scope).await;
+        if sent.is_err() {
+            self.call_off(&place, scope).await;
+        }
+        sent.map(|()| Pushed::Uploaded)
+    }
+
+    /// Where to send the bytes; `None` when the registry linked the blob from `mount_from`.
+    async fn begin_upload(
+        &self,
+        digest: &Digest,
+        mount_from: Option<&str>,
+        scope: &Scope,
+    ) -> Result<Option<Url>, Failure> {
         let mut start = self.address("blobs/uploads/")?;
         if let Some(from) = mount_from {
             start.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", from);
         }
         let response = self.call(Method::POST, &start, empty(), Some(Bytes::new()), scope).await?;
         match response.status() {
-            StatusCode::CREATED if mount_from.is_some() => return Ok(Pushed::Mounted),
-            StatusCode::ACCEPTED => {}
-            _ => return Err(self.transport.refusal(response, &what).await),
+            StatusCode::CREATED if mount_from.is_some() => Ok(None),
+            StatusCode::ACCEPTED => Ok(Some(self.location(&response, &start)?)),
+            _ => Err(self.transport.refusal(response, &format!("upload of blob {digest}")).await),
         }
-        let mut place = self.location(&response, &start)?;
+    }
+
+    async fn finish_upload(
+        &self,
+        digest: &Digest,
+        size_bytes: u64,
+        source: &BlobSource,
+        place: &Url,
+        scope: &Scope,
+    ) -> Result<(), Failure> {
+        let what = format!("upload of blob {digest}");
+        let mut place = place.clone();
         place.query_pairs_mut().append_pair("digest", &digest.to_string());
         let response = self.send_blob(&place, size_bytes, source, scope).await?;
         match response.status() {
             StatusCode::CREATED | StatusCode::NO_CONTENT | StatusCode::ACCEPTED | StatusCode::OK => {
-                self.check_stored(digest, &response, &what)?;
-                Ok(Pushed::Uploaded)
+                self.check_stored(digest, &response, &what)
             }
             // The session went with a restart of the registry.
             StatusCode::NOT_FOUND => {
@@ -104,6 +149,13 @@ impl Remote {
                 Err(Failure::later(failure.error))
             }
             _ => Err(self.transport.refusal(response, &what).await),
+        }
+    }
+
+    /// Tells the registry that nothing more comes. What it answers changes nothing.
+    async fn call_off(&self, place: &Url, scope: &Scope) {
+        if self.transport.is_registry(place) {
+            let _ = timeout(CALL_OFF_TIME, self.call(Method::DELETE, place, empty(), None, scope)).await;
         }
     }
 
