@@ -114,6 +114,17 @@ pub(crate) struct Convert {
     /// Threads that compress (default: all cores)
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<std::num::NonZeroUsize>,
+    /// Converted image whose layers may be used again, beside the one that DESTINATION names now; can be repeated. It is
+    /// taken at its word: name only what is trusted as DESTINATION is
+    #[arg(long, value_name = "REF")]
+    pub(crate) reuse: Vec<String>,
+    /// Directory that remembers the layers converted on this host, at most 1 GiB (default: $XDG_CACHE_HOME/ublkimg/convert, else
+    /// ~/.cache/ublkimg/convert)
+    #[arg(long, value_name = "DIR", env = "UBLKIMG_CONVERT_CACHE")]
+    pub(crate) cache: Option<PathBuf>,
+    /// Neither use that directory nor write it
+    #[arg(long, conflicts_with = "cache")]
+    pub(crate) no_cache: bool,
     #[command(flatten)]
     pub(crate) registry: RegistryOptions,
     /// Print the result as JSON

@@ -17,6 +17,7 @@ pub(crate) fn for_stderr() -> Arc<dyn Progress> {
 
 fn title(task: &Task) -> String {
     let verb = match task.phase {
+        Phase::Find => "find converted layers",
         Phase::Read => "read",
         Phase::Compress => "compress",
         Phase::Push => "push",

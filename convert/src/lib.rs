@@ -15,6 +15,8 @@
 //! [`optimize()`] makes a profile of recorded starts of such an image and lists it beside the image; it reads few chunks and
 //! writes no layer.
 //!
+//! Layers that were converted before are used again, here or in the registry: [`reuse`].
+//!
 //! **Nothing is guessed.** A layer must have the digest that the manifest and the config say, and an archive that can be
 //! read in two ways is an error. **Same input, same bytes:** no clock, no randomness, no map order, no number of threads
 //! shows in what is pushed.
@@ -23,9 +25,12 @@
 
 mod background;
 mod blob;
+mod chunk;
 mod compression;
 mod config;
 mod convert;
+mod converted_layer;
+mod destination;
 mod error;
 mod export;
 mod frames;
@@ -38,13 +43,14 @@ mod optimize;
 mod path;
 mod place;
 mod progress;
+mod reuse;
 mod source;
 mod spool;
 mod stored_image;
 mod tar;
 mod trace_file;
 
-pub use convert::{Options, Summary, convert};
+pub use convert::{LayerSummary, Options, Summary, convert};
 pub use error::{Error, ErrorKind, Result};
 pub use export::export;
 pub use optimize::{Dropped, HotSummary, OptimizeOptions, Optimized, fit_trace, optimize};

@@ -3,6 +3,8 @@
 /// A kind of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
+    /// Looking for layers that were converted before; counts what is read of them.
+    Find,
     /// Reading a source layer; counts its bytes as stored at the source.
     Read,
     /// Compressing a layer blob; counts its raw bytes.

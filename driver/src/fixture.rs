@@ -74,7 +74,7 @@ fn layer_ref(bundled: &BundledLayer, content: &LayerContent) -> LayerRef {
         index_range: bundled.index.section_offset_bytes()..bundled.blob_len_bytes,
         index_digest: Digest(bundled.index.digest().0),
         uncompressed_digest: Digest::of(&content.raw),
-        source_layer: None,
+        origin: None,
     }
 }
 

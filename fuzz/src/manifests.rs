@@ -2,7 +2,7 @@
 
 use ublkimg_registry::Digest;
 use ublkimg_registry::descriptor::{Descriptor, Index, Manifest, Platform};
-use ublkimg_registry::erofs_manifest::{ErofsManifest, LAYERS_MAX, LayerRef, MetadataRef, choose};
+use ublkimg_registry::erofs_manifest::{ErofsManifest, LAYERS_MAX, LayerOrigin, LayerRef, MetadataRef, choose};
 use ublkimg_registry::profile::{ProfileManifest, add_to_index, profiles};
 
 /// One document, taken for each kind that there is.
@@ -49,7 +49,12 @@ pub(crate) fn manifest_seeds() -> Vec<Vec<u8>> {
         index_range: 900..1000,
         index_digest: digest(number + 1),
         uncompressed_digest: digest(number + 2),
-        source_layer: Some(digest(number + 3)),
+        origin: Some(LayerOrigin {
+            source_layer: Some(digest(number + 3)),
+            diff_id: digest(number + 4),
+            settings: "converter level-3".to_owned(),
+            record_digest: digest(number + 5),
+        }),
     };
     let image = ErofsManifest {
         config: Descriptor::new("application/vnd.oci.image.config.v1+json", digest(0), 5),

@@ -2,8 +2,8 @@
 //!
 //! The vocabulary is that of the draft *EROFS Image Layer Format Specification*: every layer blob is an
 //! `application/vnd.erofs+zstd` layer with the role `device`, and the last layer, without a role, is the merged
-//! metadata image. Two annotations are our own, and informational to everyone else: where the bundle of chunk indexes
-//! lies in the metadata blob, and the source layer that a layer blob was made from.
+//! metadata image. Annotations of our own, informational to everyone else, say where the bundle of chunk indexes lies in the
+//! metadata blob, and what a layer blob was made of and how, so that it need not be made again.
 //!
 //! [`ErofsManifest::parse`] is strict: a manifest is either one that we can serve or an error that says what to do.
 //! It knows ranges and digests, never EROFS bytes.
@@ -33,6 +33,12 @@ pub const ANNOTATION_ROLE: &str = "org.erofs.role";
 pub const ANNOTATION_BUNDLE_RANGE: &str = "vnd.ublkimg.bundle.range";
 /// Digest of the (compressed) source layer that a layer blob was made from.
 pub const ANNOTATION_SOURCE_LAYER: &str = "vnd.ublkimg.source-layer";
+/// Digest of the source layer uncompressed.
+pub const ANNOTATION_DIFF_ID: &str = "vnd.ublkimg.diff-id";
+/// What decided, beside the source layer, the bytes of a layer blob: see [`LayerOrigin::settings`].
+pub const ANNOTATION_SETTINGS: &str = "vnd.ublkimg.settings";
+/// Digest of the merge record of a layer blob, without its frame header.
+pub const ANNOTATION_RECORD_DIGEST: &str = "vnd.ublkimg.merge-record.digest";
 
 /// Most layer blobs of one image. Registries stop far earlier (ECR: 127 layers); the bound keeps tables small.
 pub const LAYERS_MAX: usize = 512;
@@ -40,6 +46,8 @@ pub const LAYERS_MAX: usize = 512;
 pub const LAYER_BYTES_MAX: u64 = 1 << 44;
 /// Largest metadata blob, in bytes. It is held in memory whole; 20 bytes per inode are typical, so this is 25 million.
 pub const METADATA_BYTES_MAX: u64 = 512 << 20;
+/// Longest text of settings, in bytes.
+const SETTINGS_BYTES_MAX: usize = 256;
 /// Largest image config, in bytes; the distribution specification bounds manifests the same way.
 pub const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
@@ -69,8 +77,21 @@ pub struct LayerRef {
     pub index_digest: Digest,
     /// Digest of the decompressed blob, a complete EROFS image.
     pub uncompressed_digest: Digest,
-    /// The source layer that the blob was made from, when recorded.
+    /// What it was made of, when recorded.
+    pub origin: Option<LayerOrigin>,
+}
+
+/// What a layer blob was made of and how: who has the same layer and the same settings would make the same bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerOrigin {
+    /// Digest of the source layer as its image states it; none in archives that state digests of uncompressed layers only.
     pub source_layer: Option<Digest>,
+    /// Digest of the source layer uncompressed.
+    pub diff_id: Digest,
+    /// The converter's format and settings. Compared, never parsed; at most 256 bytes.
+    pub settings: String,
+    /// Digest of the merge record, which the chunk index does not cover.
+    pub record_digest: Digest,
 }
 
 /// The blob with the merged metadata image.
@@ -141,17 +162,13 @@ impl LayerRef {
             return Err(not_ours(&format!("layer {layer} is not an EROFS device layer")));
         }
         check_size(descriptor, LAYER_BYTES_MAX)?;
-        let source_layer = match descriptor.annotations.get(ANNOTATION_SOURCE_LAYER) {
-            Some(_) => Some(digest_annotation(descriptor, ANNOTATION_SOURCE_LAYER)?),
-            None => None,
-        };
         Ok(Self {
             digest: descriptor.digest,
             size_bytes: descriptor.size,
             index_range: range_annotation(descriptor, ANNOTATION_INDEX_RANGE)?,
             index_digest: digest_annotation(descriptor, ANNOTATION_INDEX_DIGEST)?,
             uncompressed_digest: digest_annotation(descriptor, ANNOTATION_UNCOMPRESSED_DIGEST)?,
-            source_layer,
+            origin: LayerOrigin::from_descriptor(descriptor)?,
         })
     }
 
@@ -162,10 +179,41 @@ impl LayerRef {
         annotations.insert(ANNOTATION_INDEX_RANGE.to_owned(), range_text(&self.index_range));
         annotations.insert(ANNOTATION_INDEX_DIGEST.to_owned(), self.index_digest.to_string());
         annotations.insert(ANNOTATION_UNCOMPRESSED_DIGEST.to_owned(), self.uncompressed_digest.to_string());
+        if let Some(origin) = &self.origin {
+            origin.annotate(annotations);
+        }
+        descriptor
+    }
+}
+
+impl LayerOrigin {
+    /// `None` unless all is there: a blob whose making is half known is not used again.
+    fn from_descriptor(descriptor: &Descriptor) -> Result<Option<Self>, Error> {
+        let has = |key: &str| descriptor.annotations.contains_key(key);
+        if ![ANNOTATION_DIFF_ID, ANNOTATION_SETTINGS, ANNOTATION_RECORD_DIGEST].into_iter().all(has) {
+            return Ok(None);
+        }
+        let settings = annotation(descriptor, ANNOTATION_SETTINGS)?.to_owned();
+        if settings.len() > SETTINGS_BYTES_MAX {
+            let (layer, len) = (descriptor.digest, settings.len());
+            return Err(invalid(&format!("layer {layer}: annotation {ANNOTATION_SETTINGS} of {len} bytes")));
+        }
+        let source_layer = has(ANNOTATION_SOURCE_LAYER).then(|| digest_annotation(descriptor, ANNOTATION_SOURCE_LAYER));
+        Ok(Some(Self {
+            source_layer: source_layer.transpose()?,
+            diff_id: digest_annotation(descriptor, ANNOTATION_DIFF_ID)?,
+            settings,
+            record_digest: digest_annotation(descriptor, ANNOTATION_RECORD_DIGEST)?,
+        }))
+    }
+
+    fn annotate(&self, annotations: &mut BTreeMap<String, String>) {
         if let Some(source) = &self.source_layer {
             annotations.insert(ANNOTATION_SOURCE_LAYER.to_owned(), source.to_string());
         }
-        descriptor
+        annotations.insert(ANNOTATION_DIFF_ID.to_owned(), self.diff_id.to_string());
+        annotations.insert(ANNOTATION_SETTINGS.to_owned(), self.settings.clone());
+        annotations.insert(ANNOTATION_RECORD_DIGEST.to_owned(), self.record_digest.to_string());
     }
 }
 
@@ -279,7 +327,12 @@ mod tests {
                 index_range: 60..100,
                 index_digest: digest('2'),
                 uncompressed_digest: digest('3'),
-                source_layer: Some(digest('4')),
+                origin: Some(LayerOrigin {
+                    source_layer: Some(digest('4')),
+                    diff_id: digest('7'),
+                    settings: "1 level-3".to_owned(),
+                    record_digest: digest('8'),
+                }),
             }],
             metadata: MetadataRef {
                 digest: digest('5'),

@@ -1,5 +1,7 @@
 //! `ublkimg convert`: an ublkimg image of a container image or a directory.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 use ublkimg_convert::{Options, Source, Summary};
 use ublkimg_driver::error::{Error, ErrorKind};
@@ -29,6 +31,7 @@ struct Layer {
     raw_bytes: u64,
     chunks: u32,
     existed: bool,
+    reused: bool,
 }
 
 pub(super) fn run(command: &Convert) -> anyhow::Result<()> {
@@ -41,6 +44,8 @@ pub(super) fn run(command: &Convert) -> anyhow::Result<()> {
         tmpdir: command.tmpdir.clone(),
         level: command.level,
         threads: command.threads.unwrap_or(defaults.threads),
+        cache: cache(command),
+        reuse: command.reuse.iter().map(|text| super::location(text)).collect::<anyhow::Result<_>>()?,
     };
     let conversion = ublkimg_convert::convert(&source, &destination, &options, progress::for_stderr());
     let summary = super::runtime()?.block_on(conversion)?;
@@ -48,6 +53,16 @@ pub(super) fn run(command: &Convert) -> anyhow::Result<()> {
         return output::json(&converted(&destination, &summary));
     }
     output::line(&format!("{destination}@{}", summary.digest))
+}
+
+/// The directory of the conversion cache: as given, else where the user keeps caches; none for a user without a home.
+fn cache(command: &Convert) -> Option<PathBuf> {
+    if command.no_cache {
+        return None;
+    }
+    let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let caches = || variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
+    command.cache.clone().or_else(|| Some(caches()?.join("ublkimg/convert")))
 }
 
 /// `linux/arm64`.
@@ -76,6 +91,7 @@ fn converted(destination: &Location, summary: &Summary) -> Converted {
                 raw_bytes: layer.raw_bytes,
                 chunks: layer.chunks,
                 existed: layer.existed,
+                reused: layer.reused,
             })
             .collect(),
     }

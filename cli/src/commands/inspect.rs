@@ -117,7 +117,7 @@ fn report(
     for (layer, bundled) in manifest.layers.iter().zip(&bundle.layers) {
         layers.push(Blob {
             digest: layer.digest.to_string(),
-            source_layer: layer.source_layer.as_ref().map(ToString::to_string),
+            source_layer: layer.origin.as_ref().and_then(|origin| origin.source_layer).map(|digest| digest.to_string()),
             stored_bytes: layer.size_bytes,
             raw_bytes: Some(bundled.index.raw_len_bytes()),
             chunks: Some(bundled.index.len()),

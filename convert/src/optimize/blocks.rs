@@ -14,10 +14,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
-use ublkimg_image::{BLOCK_SIZE, Bundle, CHUNK_BYTES, Chunk, ChunkId, ChunkIndex, Sha256};
+use ublkimg_image::{BLOCK_SIZE, Bundle, Chunk, ChunkId, ChunkIndex};
 use ublkimg_registry::{Digest, Repository};
 
 use crate::background;
+use crate::chunk::decode_chunk;
 use crate::error::{Error, Result};
 
 /// Reads under way at once. What is read are a few percent of an image: enough of it at a time to hide a round trip.
@@ -175,16 +176,8 @@ fn write_wanted(bundle: &Bundle, read: &Read, stored: &Bytes, wanted: &[Wanted],
         let chunk = layer.index.chunk(blocks[0].chunk);
         let frame = stored_frame(&layer.index, read, stored, chunk.index)
             .ok_or_else(|| fault(chunk.index, "the registry sent less than was asked for"))?;
-        if Sha256::of(frame) != chunk.id.0 {
-            return Err(fault(chunk.index, "its bytes have another digest"));
-        }
-        let raw_len_bytes = usize::try_from(chunk.raw.end - chunk.raw.start).unwrap_or(usize::MAX);
-        #[expect(clippy::cast_possible_truncation, reason = "256 KiB")]
-        let raw = decompressor.decompress(frame, CHUNK_BYTES as usize);
-        let raw = raw.map_err(|error| fault(chunk.index, "it cannot be decompressed").with_source(error))?;
-        if raw.len() != raw_len_bytes {
-            return Err(fault(chunk.index, "it decompresses to another length"));
-        }
+        let raw = decode_chunk(&mut decompressor, &chunk, frame)
+            .map_err(|error| error.within(format_args!("layer blob {}", layer.digest)))?;
         for block in blocks {
             let at = block.block as usize * BLOCK_SIZE;
             file.write_all_at(&raw[at..at + BLOCK_SIZE], u64::from(block.rank) * BLOCK_SIZE as u64)
@@ -204,7 +197,7 @@ fn stored_frame<'a>(index: &ChunkIndex, read: &Read, stored: &'a [u8], chunk: u3
 
 #[cfg(test)]
 mod tests {
-    use ublkimg_image::{BundledLayer, ChunkIndexBuilder};
+    use ublkimg_image::{BundledLayer, ChunkIndexBuilder, Sha256};
 
     use super::*;
 

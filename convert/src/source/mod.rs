@@ -17,6 +17,7 @@ use std::sync::Arc;
 use tokio_util::io::SyncIoBridge;
 use ublkimg_image::Sha256;
 use ublkimg_registry::descriptor::Platform;
+use ublkimg_registry::erofs_manifest::LayerRef;
 use ublkimg_registry::{ClientOptions, Digest, Location, Repository};
 
 use crate::config::Config;
@@ -114,6 +115,17 @@ impl SourceLayer {
             (None, Some(diff_id), _) => format!("layer with diff_id {diff_id}"),
             (None, None, _) => "layer".to_owned(),
         }
+    }
+
+    /// Whether the blob was made of this layer, with these settings. The digest of the uncompressed layer decides where the
+    /// source states it, as it does for container engines; else that of the layer as stored.
+    pub(crate) fn became(&self, made: &LayerRef, settings: &str) -> bool {
+        let Some(origin) = &made.origin else { return false };
+        let same = match (self.diff_id, self.digest) {
+            (Some(diff_id), _) => origin.diff_id.0 == diff_id.0,
+            (None, digest) => digest.is_some() && origin.source_layer == digest,
+        };
+        same && origin.settings == settings
     }
 
     /// Starts reading.

@@ -72,7 +72,7 @@ async fn digests_are_pinned() {
     let expected = [
         "sha256:222d05c42f96c4bec1f2d3bc262935abbfd96e052639bc4c500173f1ee2ca1fd",
         "sha256:6d0b41eda8ddcea8b5e127333518db66d0477d3d444125dd5882c1f04fb7b1ce",
-        "sha256:d1312e5f1ddd1f26dc0bf740382bd124564be3e3986f91fd4c3c0828773e90e4",
+        "sha256:b13e951971574c886ab4c3f2ea8b1ff6591bd061a0f06856a086593218b2d55a",
     ];
     assert_eq!(digests.map(|digest| digest.to_string()).collect::<Vec<_>>(), expected);
 }

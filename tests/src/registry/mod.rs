@@ -82,6 +82,7 @@ impl Default for Config {
 pub struct TestRegistry {
     address: SocketAddr,
     storage: Arc<Storage>,
+    distribution: Arc<Distribution>,
     control: Arc<Control>,
     link: Arc<Link>,
     runtime: Option<Runtime>,
@@ -108,7 +109,7 @@ impl TestRegistry {
         let counters: &Arc<Counters> = &control.counters;
         let registry = Router::new()
             .fallback(distribution::handle)
-            .with_state(distribution)
+            .with_state(Arc::clone(&distribution))
             .layer(from_fn_with_state(gate, auth::layer))
             .layer(from_fn_with_state(Arc::clone(&control.faults), toxics::layer))
             .layer(from_fn_with_state(Arc::clone(counters), stats::layer));
@@ -125,7 +126,7 @@ impl TestRegistry {
         drop(entered);
         let service = app.into_make_service_with_connect_info::<ConnectionHandle>();
         runtime.spawn(async move { axum::serve(listener, service).await });
-        Ok(Self { address, storage, control, link, runtime: Some(runtime) })
+        Ok(Self { address, storage, distribution, control, link, runtime: Some(runtime) })
     }
 
     /// Where it listens.
@@ -171,6 +172,11 @@ impl TestRegistry {
     /// Requests that met the fault `name` since it was set: a test of a fault must see that it was met.
     pub fn fault_hits(&self, name: &str) -> u64 {
         self.control.faults.hits(name)
+    }
+
+    /// Uploads that were begun, and neither ended nor called off.
+    pub fn open_uploads(&self) -> usize {
+        self.distribution.uploads.count()
     }
 
     /// Serves the image `layout_tag` (`None`: the only one) of the OCI layout `layout` as `repository:tag`. Its blobs are

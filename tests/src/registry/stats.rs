@@ -38,6 +38,9 @@ pub struct Stats {
     pub max_concurrent_requests: u64,
     /// By digest, the blobs of which bytes were asked for; manifests are not among them.
     pub blobs: BTreeMap<String, BlobStats>,
+    /// By digest, the bytes that came in uploads of blobs, whether they were stored or not.
+    #[serde(default)]
+    pub uploads: BTreeMap<String, u64>,
 }
 
 /// The counters of one blob.
@@ -136,6 +139,10 @@ impl Counters {
         }
     }
 
+    fn received(&self, digest: &str, len_bytes: u64) {
+        *self.lock().stats.uploads.entry(digest.into()).or_default() += len_bytes;
+    }
+
     fn sent(&self, len_bytes: u64, part: Option<(&str, u64)>) {
         let mut state = self.lock();
         state.stats.bytes_sent += len_bytes;
@@ -169,7 +176,7 @@ pub(crate) struct ServedBlob {
 pub(crate) async fn layer(State(counters): State<Arc<Counters>>, request: Request, next: Next) -> Response {
     let kind = kind(request.method(), request.uri().path());
     let open = counters.begin(kind);
-    let response = fix_length(next.run(request).await);
+    let response = fix_length(next.run(count_upload(&counters, request)).await);
     let served = response.extensions().get::<ServedBlob>().filter(|_| kind == "blob_get").cloned();
     counters.answered(response.status().as_u16(), served.as_ref());
     let (parts, body) = response.into_parts();
@@ -182,6 +189,21 @@ pub(crate) async fn layer(State(counters): State<Arc<Counters>>, request: Reques
         }
     });
     Response::from_parts(parts, Body::from_stream(frames))
+}
+
+/// Counts the body of a request that ends the upload of a blob.
+fn count_upload(counters: &Arc<Counters>, request: Request) -> Request {
+    let query = request.uri().query().unwrap_or_default();
+    let digest = query.split('&').find_map(|pair| pair.strip_prefix("digest="));
+    let Some(digest) = digest.map(|digest| digest.replace("%3A", ":")) else { return request };
+    let counters = Arc::clone(counters);
+    request.map(|body| {
+        Body::from_stream(body.into_data_stream().inspect(move |frame| {
+            if let Ok(frame) = frame {
+                counters.received(&digest, frame.len() as u64);
+            }
+        }))
+    })
 }
 
 fn kind(method: &Method, path: &str) -> &'static str {

@@ -134,6 +134,17 @@ impl Uploads {
         }
     }
 
+    /// Uploads that nothing has come for yet, and those between two requests.
+    pub(crate) fn count(&self) -> usize {
+        loop {
+            // Held for moments only.
+            match self.open.try_lock() {
+                Ok(open) => return open.len(),
+                Err(_) => std::thread::yield_now(),
+            }
+        }
+    }
+
     async fn take(&self, id: &str) -> Result<Upload, ApiError> {
         self.open.lock().await.remove(id).ok_or_else(|| ApiError::not_found("BLOB_UPLOAD_UNKNOWN", id))
     }

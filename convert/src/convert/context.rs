@@ -1,0 +1,79 @@
+//! What the steps of a conversion share: settings, places, progress, and the news that nobody waits any more.
+
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::Options;
+use crate::destination::Destination;
+use crate::error::{Error, ErrorKind, Result};
+use crate::progress::{Phase, Progress, Task};
+use crate::reuse::Reuse;
+
+/// What all steps need.
+pub(super) struct Context {
+    pub(super) options: Options,
+    pub(super) destination: Destination,
+    pub(super) reuse: Reuse,
+    /// What the layer blobs are marked with.
+    pub(super) settings: String,
+    pub(super) progress: Arc<dyn Progress>,
+    pub(super) layers: usize,
+    /// Set when nobody waits for the result any more.
+    pub(super) cancelled: Arc<AtomicBool>,
+}
+
+/// Sets the flag when the conversion is given up, so that work on other threads ends soon.
+pub(super) struct CancelOnDrop(pub(super) Arc<AtomicBool>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Context {
+    pub(super) fn new(
+        options: Options,
+        destination: Destination,
+        reuse: Reuse,
+        settings: String,
+        progress: Arc<dyn Progress>,
+        layers: usize,
+    ) -> Self {
+        Self { options, destination, reuse, settings, progress, layers, cancelled: Arc::default() }
+    }
+
+    pub(super) fn task(&self, phase: Phase, layer: usize) -> Task {
+        Task { phase, layer: Some(layer), layers: self.layers }
+    }
+
+    pub(super) fn check_cancelled(&self) -> Result<()> {
+        if self.cancelled.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Io, "given up"));
+        }
+        Ok(())
+    }
+
+    /// Tells of progress, unless nobody listens any more.
+    pub(super) fn advance(&self, task: &Task, bytes: u64) -> Result<()> {
+        self.check_cancelled()?;
+        self.progress.advance(task, bytes);
+        Ok(())
+    }
+}
+
+/// A source that reports its progress and ends when nobody waits any more.
+pub(super) struct Watched<'a, R> {
+    pub(super) inner: R,
+    pub(super) context: &'a Context,
+    pub(super) task: &'a Task,
+}
+
+impl<R: Read> Read for Watched<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.context.advance(self.task, count as u64)?;
+        Ok(count)
+    }
+}
