@@ -1,10 +1,10 @@
 #!/bin/sh
-# soak.sh BIN IMAGES TAG [SECONDS] : for so long (60) everything at once: one device is read and compared all the time,
+# soak.sh BIN IMAGES TAG [SECONDS] : for so long (30) everything at once: one device is read and compared all the time,
 # another image comes and goes, the store is emptied, the registry fails in many ways, the daemon is killed now and then.
 # Readers see no error; memory and descriptors of the daemon stay within bounds; nothing is left.
 . "$(dirname "$0")/guest.sh"
 . "$(dirname "$0")/load.sh"
-seconds=${4:-60}
+seconds=${4:-30}
 # Limits for a daemon with two small images, many times what it has after it was started.
 rss_kb_max=150000 files_max=150
 registry one two
