@@ -19,7 +19,7 @@ POWERCUT_SEEDS := 200
 N := 500
 MINUTES := 60
 
-.PHONY: powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm docs uml-kernel clean-caches
+.PHONY: powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -42,6 +42,10 @@ bench-convert: programs ## converting a tree beside `tar | zstd -3`; bench/READM
 debian-images: deps ## images made of Debian packages, converted and compared with what umoci unpacks; ten minutes
 	@tests/debian-images.sh target/debian-images
 	UBLKIMG_IMAGES=$(abspath target/debian-images) cargo test -p ublkimg-convert $(PROFILE) --test convert -- --nocapture images_of_packages
+
+pictures: programs ## the pictures of the README, from two starts of the scipy image made for them
+	@bench/starts/prepare.sh $(BIN)
+	@bench/starts/pictures.sh $(BIN) $(STARTS_FLAGS)
 
 docs: programs ## man pages and shell completions, in target/docs
 	$(BIN)/ublkimg docs target/docs

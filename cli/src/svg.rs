@@ -1,4 +1,6 @@
-//! Charts as SVG: axes with units, marks, a legend. Plain text without a style sheet; coordinates have one decimal.
+//! Charts as SVG: axes with units, marks, a legend; coordinates have one decimal. Paper, lines and text are dark on light,
+//! and light on dark where the reader's system is dark and the program that draws knows of that; marks have colours that
+//! stand out from both.
 
 use std::fmt::Write as _;
 
@@ -9,12 +11,21 @@ const LEFT: f64 = 76.0;
 /// Room right of the plots for the names of bands.
 const RIGHT: f64 = 104.0;
 /// Room above the first plot for title and legend.
-const TOP: f64 = 60.0;
+const TOP: f64 = 68.0;
 /// Room below each plot for the labels of the horizontal axis, and the next plot's beginning.
 const BOTTOM: f64 = 54.0;
 
-const TEXT: &str = "#333333";
-const GRID: &str = "#e4e4e4";
+/// The colours of a dark system, in place of those that elements have themselves.
+const DARK: &str = "@media (prefers-color-scheme:dark){.paper{fill:#0d1117}.text{fill:#d1d7e0}.axis{stroke:#d1d7e0}\
+                    .edge{stroke:#656c76}.grid{stroke:#2a3038}}";
+
+const TEXT: &str = r##"class="text" fill="#333333""##;
+const AXIS: &str = r##"class="axis" stroke="#333333""##;
+const EDGE: &str = r##"class="edge" stroke="#b0b0b0""##;
+const GRID: &str = r##"class="grid" stroke="#e4e4e4""##;
+
+/// Width of a character of the small labels; about half its height.
+const LABEL_CHARACTER: f64 = 6.0;
 
 /// A picture: plots one below the other.
 pub(crate) struct Picture {
@@ -29,6 +40,16 @@ pub(crate) struct Plot {
     height: f64,
     x_max: f64,
     y_max: f64,
+}
+
+/// How marks are drawn.
+#[derive(Clone, Copy)]
+pub(crate) struct Ink<'a> {
+    pub(crate) color: &'a str,
+    /// From 0 to 1.
+    pub(crate) opacity: f64,
+    /// The narrowest and the lowest that a mark may be, in pixels.
+    pub(crate) least: (f64, f64),
 }
 
 /// An axis from 0 to `max`.
@@ -70,32 +91,25 @@ impl Picture {
             self.line((LEFT, at), (right, at), GRID);
             self.text((LEFT - 6.0, at + 4.0), "end", 11, &tick_text(value));
         }
-        self.line((LEFT, bottom), (right, bottom), TEXT);
-        self.line((LEFT, plot.top), (LEFT, bottom), TEXT);
+        self.line((LEFT, bottom), (right, bottom), AXIS);
+        self.line((LEFT, plot.top), (LEFT, bottom), AXIS);
         self.text((f64::midpoint(LEFT, right), bottom + 32.0), "middle", 12, x.label);
         let (at, label) = (plot.top + height / 2.0, escape(y.label));
         let _ = writeln!(
             self.body,
-            r#"<text x="18" y="{at:.1}" font-size="12" fill="{TEXT}" text-anchor="middle" transform="rotate(-90 18 {at:.1})">{label}</text>"#
+            r#"<text x="18" y="{at:.1}" font-size="12" {TEXT} text-anchor="middle" transform="rotate(-90 18 {at:.1})">{label}</text>"#
         );
         plot
     }
 
-    /// Draws bars of one colour from `(x, y)` to `(x, y)`, at least a pixel wide and `thinnest` pixels high. Bars that
-    /// look the same are drawn once, so a picture has a bounded size.
-    pub(crate) fn bars(
-        &mut self,
-        plot: &Plot,
-        color: &str,
-        thinnest: f64,
-        bars: impl Iterator<Item = ((f64, f64), (f64, f64))>,
-    ) {
+    /// Draws bars from `(x, y)` to `(x, y)`. Bars that look the same are drawn once, so a picture has a bounded size.
+    pub(crate) fn bars(&mut self, plot: &Plot, ink: &Ink<'_>, bars: impl Iterator<Item = ((f64, f64), (f64, f64))>) {
         let mut path = String::new();
         let mut last = [0; 4];
         for ((x0, y0), (x1, y1)) in bars {
             let (left, bottom) = (plot.x(x0), plot.y(y0));
-            let width = (plot.x(x1) - left).max(1.0);
-            let height = (bottom - plot.y(y1)).max(thinnest);
+            let width = (plot.x(x1) - left).max(ink.least.0);
+            let height = (bottom - plot.y(y1)).max(ink.least.1);
             #[expect(clippy::cast_possible_truncation, reason = "pixels of a picture, halves of them")]
             let looks = [left, bottom, width, height].map(|value| (value * 2.0).round() as i32);
             if looks != last {
@@ -105,7 +119,9 @@ impl Picture {
             }
         }
         if !path.is_empty() {
-            let _ = writeln!(self.body, r#"<path fill="{color}" d="{path}"/>"#);
+            let Ink { color, opacity, .. } = ink;
+            let opacity = if *opacity < 1.0 { format!(r#" fill-opacity="{opacity}""#) } else { String::new() };
+            let _ = writeln!(self.body, r#"<path fill="{color}"{opacity} d="{path}"/>"#);
         }
     }
 
@@ -125,23 +141,37 @@ impl Picture {
         let _ = writeln!(self.body, r#"<path fill="none" stroke="{color}" stroke-width="1.5" d="{path}"/>"#);
     }
 
-    /// Marks a moment with a vertical line and its name.
-    pub(crate) fn moment(&mut self, plot: &Plot, x: f64, name: &str) {
-        let at = plot.x(x);
+    /// Marks moments, the earliest first, with a vertical line each and their names above. Names that would lie on each
+    /// other become one.
+    pub(crate) fn moments<'a>(&mut self, plot: &Plot, moments: impl Iterator<Item = (f64, &'a str)>) {
         let (top, bottom) = (plot.top, plot.top + plot.height);
-        let _ = writeln!(
-            self.body,
-            r#"<path stroke="{TEXT}" stroke-dasharray="4 3" fill="none" d="M{at:.1} {top:.1}V{bottom:.1}"/>"#
-        );
-        let (anchor, shift) = if at > WIDTH - RIGHT - 60.0 { ("end", 4.0) } else { ("start", -4.0) };
-        self.text((at + shift, top - 4.0), anchor, 11, name);
+        let mut labels: Vec<(f64, String)> = Vec::new();
+        for (x, name) in moments {
+            let at = plot.x(x);
+            let _ = writeln!(
+                self.body,
+                r#"<path {AXIS} stroke-dasharray="4 3" fill="none" d="M{at:.1} {top:.1}V{bottom:.1}"/>"#
+            );
+            match labels.last_mut() {
+                Some((before, names)) if at < *before + width_of(names) => {
+                    names.push_str(", ");
+                    names.push_str(name);
+                }
+                _ => labels.push((at, name.to_owned())),
+            }
+        }
+        for (at, names) in labels {
+            let is_last = at + width_of(&names) > WIDTH - RIGHT;
+            let (anchor, shift) = if is_last { ("end", 4.0) } else { ("start", -4.0) };
+            self.text((at + shift, top - 4.0), anchor, 11, &names);
+        }
     }
 
     /// Marks the part of the vertical axis from `from` to `to` with a line below it and its name on the right.
     pub(crate) fn band(&mut self, plot: &Plot, from: f64, to: f64, name: &str) {
         let right = WIDTH - RIGHT;
         let (bottom, top) = (plot.y(from), plot.y(to));
-        self.line((LEFT, bottom), (right + 6.0, bottom), "#b0b0b0");
+        self.line((LEFT, bottom), (right + 6.0, bottom), EDGE);
         if bottom - top >= 11.0 {
             self.text((right + 6.0, f64::midpoint(bottom, top) + 4.0), "start", 11, name);
         }
@@ -155,24 +185,26 @@ impl Picture {
                 r#"<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" viewBox="0 0 {w} {h}" "#,
                 r#"font-family="DejaVu Sans, Helvetica, sans-serif">"#,
                 "\n",
-                r##"<rect width="{w}" height="{h}" fill="#ffffff"/>"##,
+                "<style>{dark}</style>\n",
+                r##"<rect width="{w}" height="{h}" class="paper" fill="#ffffff"/>"##,
                 "\n{b}</svg>\n"
             ),
+            dark = DARK,
             w = WIDTH,
             h = height,
             b = body
         )
     }
 
-    fn line(&mut self, (x0, y0): (f64, f64), (x1, y1): (f64, f64), color: &str) {
-        let _ = writeln!(self.body, r#"<path stroke="{color}" d="M{x0:.1} {y0:.1}L{x1:.1} {y1:.1}"/>"#);
+    fn line(&mut self, (x0, y0): (f64, f64), (x1, y1): (f64, f64), stroke: &str) {
+        let _ = writeln!(self.body, r#"<path {stroke} d="M{x0:.1} {y0:.1}L{x1:.1} {y1:.1}"/>"#);
     }
 
     fn text(&mut self, (x, y): (f64, f64), anchor: &str, size: u8, text: &str) {
         let text = escape(text);
         let _ = writeln!(
             self.body,
-            r#"<text x="{x:.1}" y="{y:.1}" font-size="{size}" fill="{TEXT}" text-anchor="{anchor}">{text}</text>"#
+            r#"<text x="{x:.1}" y="{y:.1}" font-size="{size}" {TEXT} text-anchor="{anchor}">{text}</text>"#
         );
     }
 }
@@ -189,6 +221,11 @@ impl Plot {
 
 fn positive(max: f64) -> f64 {
     if max.is_finite() && max > 0.0 { max } else { 1.0 }
+}
+
+/// How much room the name of a moment takes.
+fn width_of(label: &str) -> f64 {
+    (8.0 + LABEL_CHARACTER * f64::from(u16::try_from(label.chars().count()).unwrap_or(u16::MAX))).min(WIDTH)
 }
 
 /// Round values from 0 to `max`, some 4 to 10 of them.
@@ -233,11 +270,25 @@ mod tests {
     }
 
     #[test]
+    fn names_that_would_lie_on_each_other_become_one() {
+        let mut picture = Picture::new("");
+        let axis = || Axis { max: 100.0, label: "" };
+        let plot = picture.plot(100.0, &axis(), &axis());
+        picture.moments(&plot, [(0.0, "one"), (0.1, "two"), (50.0, "half"), (100.0, "last")].into_iter());
+        let text = picture.finish();
+        assert!(
+            [">one, two<", ">half<", r#"text-anchor="end">last<"#].iter().all(|label| text.contains(label)),
+            "{text}"
+        );
+    }
+
+    #[test]
     fn names_cannot_break_the_file() {
         let mut picture = Picture::new("a <b> & \"c\"\u{7}");
         let axis = |label| Axis { max: f64::NAN, label };
         let plot = picture.plot(100.0, &axis("x"), &axis("y"));
-        picture.bars(&plot, "#000000", 1.0, [((0.0, f64::INFINITY), (f64::NAN, 0.0))].into_iter());
+        let ink = Ink { color: "#000000", opacity: 1.0, least: (1.0, 1.0) };
+        picture.bars(&plot, &ink, [((0.0, f64::INFINITY), (f64::NAN, 0.0))].into_iter());
         let text = picture.finish();
         assert!(text.contains("a &lt;b&gt; &amp; &quot;c&quot;<"), "{text}");
     }

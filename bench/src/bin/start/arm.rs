@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use clap::ValueEnum;
+
 /// One way. Arms alternate within a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub(crate) enum Arm {
@@ -24,6 +26,11 @@ pub(crate) enum Arm {
 }
 
 impl Arm {
+    /// What `--arms` calls it.
+    pub(crate) fn option(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
     /// Whether the other command is started.
     pub(crate) fn is_other(self) -> bool {
         matches!(self, Self::OtherNone | Self::OtherWrong)

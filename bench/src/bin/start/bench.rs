@@ -94,6 +94,11 @@ impl Bench {
         &self.work
     }
 
+    /// What happened in the last start of an attached image.
+    pub(crate) fn events_file(&self) -> PathBuf {
+        self.work.join("start.events")
+    }
+
     pub(crate) fn shape(&self) {
         self.registry.set_link(LinkConfig::new(self.link.0, self.link.1));
     }
@@ -181,7 +186,10 @@ impl Host<'_> {
         let mut status = None;
         let mut sample = self.run(&bundle, start, &[&attached.mount_point], (began, spent), || {
             self.ublkimg.call(&["ready", DEVICE])?;
-            status = Some(self.ublkimg.status(DEVICE)?);
+            let events = self.bench.events_file();
+            let events = events.to_str().context("a path that is not UTF-8")?;
+            let said = self.ublkimg.call(&["status", DEVICE, "--json", "--events", events])?;
+            status = Some(serde_json::from_str(&said).with_context(|| format!("status printed {said:?}"))?);
             at_ready()
         })?;
         sample.reads = status.as_ref().map(FirstReads::of);

@@ -11,7 +11,7 @@ mod profile;
 mod trouble;
 mod workload;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
@@ -61,6 +61,9 @@ struct Arguments {
     /// The program; default: beside this one
     #[arg(long, value_name = "FILE")]
     ublkimg: Option<PathBuf>,
+    /// Where what happened in the last start of each kind is left, for `ublkimg trace plot`: WORKLOAD.ARM.events
+    #[arg(long, value_name = "DIR")]
+    events: Option<PathBuf>,
     /// Where the JSON goes; the recorded traces are left beside it
     #[arg(long, default_value = "target/starts/starts.json", value_name = "FILE")]
     json: PathBuf,
@@ -126,6 +129,9 @@ fn measure(arguments: &Arguments, bench: &Bench, workload: &Workload) -> Result<
                 sample.reads
             );
             samples.push(sample);
+            if let Some(dir) = arguments.events.as_deref().filter(|_| *arm != Arm::Pull) {
+                keep_events(bench, dir, workload, *arm)?;
+            }
         }
     }
     let packed = profile.packed(bench, arguments.alone)?;
@@ -138,6 +144,13 @@ fn measure(arguments: &Arguments, bench: &Bench, workload: &Workload) -> Result<
         packed: if matches!(arm, Arm::Hot | Arm::Local | Arm::Trouble) { packed.clone() } else { Vec::new() },
     });
     Ok(rows.collect())
+}
+
+fn keep_events(bench: &Bench, dir: &Path, workload: &Workload, arm: Arm) -> Result<()> {
+    std::fs::create_dir_all(dir)?;
+    let kept = dir.join(format!("{}.{}.events", workload.name, arm.option()));
+    std::fs::copy(bench.events_file(), &kept).with_context(|| format!("cannot write {}", kept.display()))?;
+    Ok(())
 }
 
 /// One start.

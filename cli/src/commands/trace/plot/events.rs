@@ -64,7 +64,7 @@ pub(super) enum Event {
 
 impl Event {
     /// When it began.
-    fn start_us(&self) -> Option<u64> {
+    pub(super) fn start_us(&self) -> Option<u64> {
         match self {
             Self::Fetch { start_us, .. } => Some(*start_us),
             Self::Read { at_us, .. } | Self::Mark { at_us, .. } => Some(*at_us),

@@ -10,10 +10,10 @@ use ublkimg_image::trace::Trace;
 
 use super::image::Named;
 use crate::args::trace::Plot;
-use crate::svg::{Axis, Picture};
+use crate::svg::{Axis, Ink, Picture};
 
-/// What is drawn in the first colour.
-const BLUE: &str = "#2563ad";
+/// What is drawn in the first colour, which stands out from light and from dark paper as all of them do.
+const BLUE: &str = "#3b82c9";
 
 /// Height of the main plot of a picture, in pixels.
 const HEIGHT: f64 = 360.0;
@@ -56,7 +56,7 @@ fn draw(trace: &Trace, image: Option<&Named>) -> anyhow::Result<String> {
         let start = bands[of_blob[usize::from(entry.blob)]].start + u64::from(entry.block);
         ((*x, mib(start)), (*x, mib(start + u64::from(entry.blocks))))
     });
-    picture.bars(&place, BLUE, 1.5, marks);
+    picture.bars(&place, &Ink { color: BLUE, opacity: 1.0, least: (2.0, 2.0) }, marks);
     if trace.span_us() == 0 {
         return Ok(picture.finish());
     }
@@ -69,8 +69,8 @@ fn draw(trace: &Trace, image: Option<&Named>) -> anyhow::Result<String> {
     });
     picture.steps(&sums, BLUE, std::iter::once((0.0, 0.0)).chain(steps));
     if let Some(ready_us) = trace.header.ready_us {
-        picture.moment(&place, seconds(ready_us), "ready");
-        picture.moment(&sums, seconds(ready_us), "");
+        picture.moments(&place, std::iter::once((seconds(ready_us), "ready")));
+        picture.moments(&sums, std::iter::once((seconds(ready_us), "")));
     }
     Ok(picture.finish())
 }
@@ -118,7 +118,10 @@ fn bands(trace: &Trace, image: Option<&Named>) -> (Vec<Band>, Vec<usize>) {
 }
 
 fn title(trace: &Trace) -> String {
-    let command = super::command_text(&trace.header.command);
+    let command = match trace.header.command.as_slice() {
+        [] => "a start".to_owned(),
+        command => super::command_text(command),
+    };
     let read_ahead_kb = trace.header.read_ahead_kb;
     format!("First reads of {command} (read_ahead_kb {read_ahead_kb})")
 }
