@@ -7,7 +7,7 @@
 //!
 //! **Trouble is waited out.** Refused and broken connections, silence, 408, 429 and 5xx, short bodies are tried again with
 //! growing, jittered pauses until [`ClientOptions::retry_deadline`]; 401, 403 and 404 are answers, not trouble. A
-//! `Retry-After` holds everything that is asked through the same [`Repository`]. See `retry` and `gate`.
+//! `Retry-After` holds everything that this process asks of that registry. See `retry` and `gate`.
 //!
 //! **Secrets stay home.** `Authorization` goes to the registry's own host only; redirects are followed by this crate, not by
 //! the HTTP library, and a redirect's address (signed, therefore secret) appears in no message. Credentials come, in this

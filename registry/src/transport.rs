@@ -3,7 +3,7 @@
 //! Two HTTP clients: the one for `http:` knows no root certificates, so a registry on loopback works on a machine that has
 //! none; the one for `https:` is made when it is first needed. Neither follows redirects, retries or decompresses.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -35,7 +35,7 @@ pub(crate) struct Transport {
     plain: Client,
     tls: OnceLock<Client>,
     options: ClientOptions,
-    gate: Gate,
+    gate: Arc<Gate>,
 }
 
 impl Transport {
@@ -48,7 +48,7 @@ impl Transport {
             .build()
             .map_err(|cause| Error::invalid("cannot set up HTTP").with_source(cause))?;
         let (registry, repository) = (reference.registry().to_owned(), reference.repository().to_owned());
-        let (tls, gate) = (OnceLock::new(), Gate::default());
+        let (tls, gate) = (OnceLock::new(), Gate::of(base));
         Ok(Self { registry, repository, base: base.clone(), plain, tls, options: options.clone(), gate })
     }
 

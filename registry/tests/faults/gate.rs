@@ -1,4 +1,4 @@
-//! A `Retry-After` holds the whole client.
+//! A `Retry-After` holds the whole client: the process.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -88,6 +88,21 @@ async fn all_kinds_of_requests_wait_and_then_succeed() {
         assert!(first.await.unwrap().is_ok());
         held.nothing_came_too_early();
     }
+}
+
+#[tokio::test]
+async fn other_repositories_of_the_registry_wait_too() {
+    let held = held(429, 0).await;
+    let (_, digest) = blob(LEN);
+    let (one, other) = (held.fake.open(&options()).await, held.fake.open_as("app/other:v2", &options()).await);
+    let first = tokio::spawn(async move { one.blob_range(&digest, 0..10).await });
+    while held.told.lock().unwrap().is_none() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(other.blob_range(&digest, 0..10).await.unwrap().len(), 10);
+    assert!(first.await.unwrap().is_ok());
+    held.nothing_came_too_early();
 }
 
 #[tokio::test]
