@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
+use crate::fair::QUANTUM_BYTES;
 use crate::types::{
     Action, BlobKey, BlobKind, ChunkEntry, ChunkKey, Class, Event, FetchKey, FillMode, ImageKey, LinkKey, Now,
     PlanEntry, Ticket,
@@ -282,6 +283,76 @@ proptest! {
         prop_assert!(chunks.iter().all(|chunk| world.present.contains(chunk)));
         let counters = world.scheduler.image_counters(IMAGES[0]).unwrap_or_default();
         prop_assert_eq!(counters.misses, 0);
+    }
+
+    #[test]
+    fn a_fill_of_either_mode_brings_every_layer_whatever_else_is_read(
+        is_idle in any::<bool>(),
+        ends in prop::collection::vec((any::<usize>(), prop::bool::weighted(0.9)), 0..300),
+        demands in prop::collection::vec((0..2_u32, 0..CHUNKS), 0..40),
+    ) {
+        let mut world = World::new();
+        let mode = if is_idle { FillMode::Idle } else { FillMode::Full };
+        world.step(Event::SetFill { image: IMAGES[0], mode, blobs: &[BlobKey(0), BlobKey(1)] });
+        let mut demands = (0..).zip(demands);
+        for (which, well) in ends {
+            let fills = |world: &World| world.requests.values().filter(|request| request.class == Class::Fill).count();
+            if is_idle {
+                prop_assert!(fills(&world) <= 1, "an idle fill has one request in flight");
+            }
+            if which % 7 == 0 && let Some((ticket, (blob, chunk))) = demands.next() {
+                world.demand(IMAGES[1], ticket, key(blob, chunk));
+                let before = fills(&world);
+                world.step(Event::Tick);
+                prop_assert_eq!(fills(&world), before, "nothing of a fill begins beside a demand");
+            }
+            world.arrive(which);
+            world.end(which, well);
+        }
+        // An idle fill asks for one range at a time.
+        for _ in 0..u64::from(CHUNKS) {
+            world.drain();
+        }
+        let progress = world.scheduler.fill_progress(IMAGES[0]).unwrap();
+        prop_assert!(progress.finished, "{:?}", progress);
+        prop_assert_eq!(progress.present_bytes, progress.total_bytes, "what failed was asked for again");
+    }
+
+    #[test]
+    fn images_share_a_link_by_bytes_in_whatever_order_they_read(
+        seeds in (any::<u32>(), any::<u32>()),
+        arrivals in prop::collection::vec(any::<usize>(), 0..150),
+        are_fills in any::<bool>(),
+    ) {
+        let mut world = World::new();
+        for (image, seed) in [(0, seeds.0), (1, seeds.1)] {
+            let blob = u32::try_from(image).unwrap();
+            if are_fills {
+                let blobs = [BlobKey(blob)];
+                world.step(Event::SetFill { image: IMAGES[image], mode: FillMode::Full, blobs: &blobs });
+                continue;
+            }
+            let mut chunks: Vec<ChunkKey> = (0..CHUNKS).map(|chunk| key(blob, chunk)).collect();
+            chunks.sort_by_key(|chunk| (chunk.chunk ^ seed).wrapping_mul(2_654_435_761));
+            let entries = plan(chunks.into_iter());
+            world.step(Event::SetPlan { image: IMAGES[image], entries: &entries, byte_cap: u64::MAX / 4 });
+        }
+        let issued = |world: &World| IMAGES.map(|image| {
+            world.scheduler.image_counters(image).map_or(0, |counters| counters.prefetch_bytes)
+        });
+        let all: u64 = (0..CHUNKS).filter(|chunk| chunk % 31 != 30).map(|chunk| u64::from(len_bytes(chunk))).sum();
+        // The first had the link for itself until the second came.
+        let lead = issued(&world)[0];
+        for which in arrivals {
+            world.arrive(which);
+            world.end(which, true);
+            let [first, second] = issued(&world);
+            if first == all || second == all {
+                break;
+            }
+            let apart = first.saturating_sub(lead).abs_diff(second);
+            prop_assert!(apart <= lead + 2 * QUANTUM_BYTES, "{first} and {second} after a lead of {lead}");
+        }
     }
 }
 
