@@ -117,6 +117,14 @@ fn traces_of_one_command_are_compared_and_merged() {
     assert_eq!((diff["same_command"].as_bool(), diff["order_tau"].as_f64()), (Some(true), Some(1.0)));
     let text = fixture.run(&["trace", "diff", &a, &b]).success().stdout;
     assert!(text.contains("only in") && text.contains("3.0 MiB"), "{text}");
+    assert_eq!(diff["files"], Value::Null, "no image, no names");
+    let image = fixture.reference();
+    let files = fixture.json(&["trace", "diff", &a, &b, "--image", &image])["files"].clone();
+    let path = |place: usize| files[place]["path"].as_str().unwrap();
+    assert_eq!((path(0), path(1), files.as_array().unwrap().len()), ("/data/prose", "/sizes/262145", 2), "{files}");
+    assert_eq!((files[0]["only_left_blocks"].as_u64(), files[1]["only_right_blocks"].as_u64()), (Some(768), Some(65)));
+    let text = fixture.run(&["trace", "diff", &a, &b, "--image", &image, "--files", "1"]).success().stdout;
+    assert!(text.contains("/data/prose") && text.contains("and 1 more file"), "{text}");
 
     let merged = fixture.path("merged");
     let summary = fixture.json(&["trace", "merge", &a, &b, "-o", &merged]);

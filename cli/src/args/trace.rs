@@ -111,6 +111,11 @@ pub(crate) struct Diff {
     pub(crate) left: PathBuf,
     /// The other
     pub(crate) right: PathBuf,
+    #[command(flatten)]
+    pub(crate) of: OfImage,
+    /// How many files to list that they differ in, those with the most such blocks first; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub(crate) files: usize,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -212,7 +212,7 @@ fn print_files(shown: &Shown, files: &[FileShare], limit: usize) -> anyhow::Resu
 }
 
 /// A path for a terminal: the image chose it.
-fn printable(path: &str) -> String {
+pub(super) fn printable(path: &str) -> String {
     path.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
