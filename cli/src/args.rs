@@ -32,7 +32,8 @@ pub(crate) const EXIT_CODES: &str = "Exit codes:
   9   busy: mounted, or another command is at work on it
   10  the disk is full
   11  the source image is malformed
-  12  a file or system call failed";
+  12  a file or system call failed
+  130 interrupted: nothing is left of what was begun";
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Global {

@@ -7,6 +7,9 @@ use ublkimg_driver::error::ErrorKind;
 /// Exit code of a source image that is malformed; the driver, which knows all other codes, reads no source images.
 const BAD_SOURCE: u8 = 11;
 
+/// Exit code of a command that was interrupted, as shells have it.
+pub(crate) const INTERRUPTED: u8 = 130;
+
 /// The exit code that tells a script what to do next: that of the first error in the chain that has one.
 pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
     let code = error.chain().find_map(|cause| {
@@ -94,7 +97,7 @@ mod tests {
         for line in crate::args::EXIT_CODES.lines().skip(1) {
             let number: u8 = line.split_whitespace().next().unwrap().parse().unwrap();
             let known = ErrorKind::from_exit_code(number.into()).is_some();
-            assert!(known || [0, BAD_SOURCE].contains(&number), "{line}");
+            assert!(known || [0, BAD_SOURCE, INTERRUPTED].contains(&number), "{line}");
         }
     }
 }

@@ -31,6 +31,8 @@ pub struct ImageCounters {
     pub verification_failures: AtomicU64,
     /// Who waits for the registry.
     pub(crate) outage: Outage,
+    /// Raw bytes per second of the chunk that was decoded and stored fastest; 0 while none was. Small ones do not count.
+    pub(crate) decode_bytes_per_s: AtomicU64,
     /// What these add up, event by event, while there is room.
     pub(crate) events: StartEvents,
 }

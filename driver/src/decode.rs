@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use bytes::Bytes;
 use crossbeam::channel::{Receiver, Sender, bounded};
@@ -27,6 +28,9 @@ const UNDECODED_KIB_MAX: u32 = 64 << 10;
 /// The same of what is demanded, so that a demand never waits for room behind the others. More than the scheduler has in
 /// flight for demands at a time.
 const UNDECODED_DEMAND_KIB_MAX: u32 = 16 << 10;
+
+/// Chunks that are shorter tell nothing of how fast decoding can be.
+const TELLING_BYTES: u64 = 64 << 10;
 
 /// What a chunk counts for at least: it bounds their number.
 const COST_KIB_MIN: u32 = 16;
@@ -90,11 +94,10 @@ pub(crate) struct Decoders {
 impl Decoders {
     /// Starts the threads. They end when every queue handle is dropped.
     pub(crate) fn start(progress: &Sender<Progress>) -> Result<Self> {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let (demand, demanded) = Lane::new(UNDECODED_DEMAND_KIB_MAX);
         let (ahead, fetched_ahead) = Lane::new(UNDECODED_KIB_MAX);
         let mut threads = Vec::new();
-        for _ in 0..processors.min(THREADS_MAX) {
+        for _ in 0..thread_count() {
             let (demanded, ahead, progress) = (demanded.clone(), fetched_ahead.clone(), progress.clone());
             let thread = std::thread::Builder::new().name("decode".to_owned());
             let thread = thread.spawn(move || decode_loop(&demanded, &ahead, &progress));
@@ -116,6 +119,11 @@ impl Decoders {
             }
         }
     }
+}
+
+/// Decoder threads on this machine.
+pub(crate) fn thread_count() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX)
 }
 
 fn decode_loop(demanded: &Receiver<Accepted>, ahead: &Receiver<Accepted>, progress: &Sender<Progress>) {
@@ -154,6 +162,7 @@ fn decode_loop(demanded: &Receiver<Accepted>, ahead: &Receiver<Accepted>, progre
 fn store_chunk(job: &DecodeJob, decoder: &mut zstd::bulk::Decompressor<'_>, raw: &mut Vec<u8>) -> Result<()> {
     let chunk = job.source.index.chunk(job.chunk.chunk);
     let counters = &job.source.counters;
+    let began = Instant::now();
     if let Err(error) = decode(&chunk, &job.stored, decoder, raw) {
         counters.verification_failures.fetch_add(1, Ordering::Relaxed);
         return Err(error);
@@ -161,6 +170,11 @@ fn store_chunk(job: &DecodeJob, decoder: &mut zstd::bulk::Decompressor<'_>, raw:
     let block = u32::try_from(chunk.raw.start / BLOCK_SIZE as u64);
     let block = block.map_err(|_| Error::new(ErrorKind::Internal, "a chunk beyond 16 TiB"))?;
     job.file.write(block, raw)?;
+    if raw.len() as u64 >= TELLING_BYTES {
+        let took_us = began.elapsed().as_micros().max(1);
+        let bytes_per_s = u64::try_from(raw.len() as u128 * 1_000_000 / took_us).unwrap_or(u64::MAX);
+        counters.decode_bytes_per_s.fetch_max(bytes_per_s, Ordering::Relaxed);
+    }
     counters.fetched_chunks.fetch_add(1, Ordering::Relaxed);
     counters.fetched_bytes.fetch_add(job.stored.len() as u64, Ordering::Relaxed);
     Ok(())

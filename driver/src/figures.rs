@@ -3,7 +3,9 @@
 //! The lower bound T* is computed from the trace of this very start if it was recorded, else from the trace that was
 //! followed: the reads in order with the thinking between them, the chunks and frames that hold them, and the estimate of
 //! the link. Its zero is the moment at which attaching began, as for the time to ready beside it; nothing can be fetched
-//! before what names it is here, so that time is in the bound.
+//! before what names it is here, so that time is in the bound. Decoding is in it at the best speed that was seen, since its
+//! threads work beside the program; the processor time of both is not added up, for the thinking was measured on the very
+//! processors that decoded meanwhile. What was in the store before costs nothing.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -13,11 +15,15 @@ use serde::{Deserialize, Serialize};
 use ublkimg_image::Sha256;
 use ublkimg_image::trace::Trace;
 use ublkimg_scheduler::Estimate;
-use ublkimg_scheduler::bound::{Bound, BoundLink, Start, Unit, UnitRead, lower_bound};
+use ublkimg_scheduler::bound::{Bound, BoundDecode, BoundLink, Start, Unit, UnitRead, lower_bound};
 
 use crate::daemon::protocol::FillMode;
+use crate::decode::thread_count;
 use crate::first_reads::FirstReadStatistics;
 use crate::image::{ServedImage, UnitKey};
+
+/// The unit of a read for which nothing has to be fetched.
+const NOTHING: u32 = u32::MAX;
 
 /// What `status` says about the start of a device. Times are in microseconds since attaching began.
 #[derive(Debug, Default, Clone, PartialEq, Serialize, Deserialize)]
@@ -96,9 +102,9 @@ pub struct BoundFigures {
     pub ratio: Option<f64>,
     /// The same start with everything local.
     pub warm_us: u64,
-    /// Bytes that it reads, as stored.
+    /// Bytes that had to be fetched for it, as stored.
     pub bytes: u64,
-    /// Chunks and frames that it reads.
+    /// Chunks and frames that had to be fetched for it.
     pub units: u32,
     /// Estimate of the link.
     pub bandwidth_bytes_per_s: u64,
@@ -141,7 +147,10 @@ pub(crate) fn bound(
             slow_start: None,
         },
         lead: Duration::ZERO,
-        decode: None,
+        decode: image.decode_bytes_per_s().map(|bytes_per_s| BoundDecode {
+            workers: u32::try_from(thread_count()).unwrap_or(1),
+            bytes_per_s: as_float(bytes_per_s),
+        }),
         processors: None,
     });
     Some(figures(&bound, ready, link))
@@ -172,11 +181,13 @@ fn units_read(image: &ServedImage, layers: &[Sha256], trace: &Trace, first_at_us
     for entry in &trace.entries {
         think_us = think_us.saturating_add(entry.since_previous_us);
         let Some(Some(layer)) = places.get(usize::from(entry.blob)).copied() else { continue };
-        image.units(layer, entry.block..entry.block.saturating_add(u32::from(entry.blocks)), |key, unit| {
-            let next = u32::try_from(units.len()).unwrap_or(u32::MAX);
-            let number = *known.entry(key).or_insert_with(|| {
-                units.push(unit);
-                next
+        image.units(layer, entry.block..entry.block.saturating_add(u32::from(entry.blocks)), |needed| {
+            let number = needed.map_or(NOTHING, |(key, unit)| {
+                let next = u32::try_from(units.len()).unwrap_or(NOTHING);
+                *known.entry(key).or_insert_with(|| {
+                    units.push(unit);
+                    next
+                })
             });
             reads.push(UnitRead { unit: number, think: Duration::from_micros(std::mem::take(&mut think_us)) });
         });

@@ -25,7 +25,7 @@ use crate::outage::Waiting;
 use crate::start_events::StartEvents;
 use crate::store::{BlobFile, Place};
 
-pub(crate) use units::UnitKey;
+pub(crate) use units::{UnitKey, local};
 
 /// Bytes of a block: the unit of the device.
 pub const BLOCK_SIZE_BYTES: u32 = 4096;
@@ -112,14 +112,16 @@ pub(crate) struct ServedBlob {
     pub(crate) key: BlobKey,
     pub(crate) file: Arc<BlobFile>,
     pub(crate) index: Arc<ChunkIndex>,
+    /// Whether each chunk was in the store when attaching began.
+    was_local: Box<[bool]>,
     /// A bit for each chunk that was read, so that each first read is told to the scheduler once.
     touched: Box<[AtomicU64]>,
 }
 
 impl ServedBlob {
-    pub(crate) fn new(key: BlobKey, file: Arc<BlobFile>, index: Arc<ChunkIndex>) -> Self {
+    pub(crate) fn new(key: BlobKey, file: Arc<BlobFile>, index: Arc<ChunkIndex>, was_local: Box<[bool]>) -> Self {
         let words = index.len().div_ceil(u64::BITS);
-        Self { key, file, index, touched: (0..words).map(|_| AtomicU64::new(0)).collect() }
+        Self { key, file, index, was_local, touched: (0..words).map(|_| AtomicU64::new(0)).collect() }
     }
 
     /// Notes that a chunk was read; true the first time.
@@ -270,6 +272,11 @@ impl ServedImage {
     /// What was read so far, and how that went.
     pub(crate) fn first_reads(&self) -> &FirstReads {
         &self.first_reads
+    }
+
+    /// Raw bytes per second at which one thread decodes this image's chunks at best; none while that is not known.
+    pub(crate) fn decode_bytes_per_s(&self) -> Option<u64> {
+        Some(self.counters.decode_bytes_per_s.load(Ordering::Relaxed)).filter(|rate| *rate > 0)
     }
 
     /// Fills `plan` for a range of device blocks, less than 4 GiB long. Blocks past the end of the device read as zeros.

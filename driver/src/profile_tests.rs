@@ -15,6 +15,7 @@ use ublkimg_scheduler::FillMode;
 use ublkimg_tests::registry::{Config, Fault, LinkConfig, Stats, TestRegistry, Toxic};
 
 use crate::fixture::{Image, LayerContent, read};
+use crate::image::UnitKey;
 use crate::profile_fixture::Start;
 use crate::{AttachOptions, Engine, ErrorKind, LoadedImage, ProfileSource, Result, Store, attach, reopen, trace_file};
 
@@ -286,6 +287,52 @@ fn a_profile_of_another_image_packs_nothing_for_this_one() {
     let profile = loaded.profile.as_ref().unwrap();
     assert!(!profile.has_hot_blob && profile.kept.manifest.is_none());
     assert_whole(&loaded, &image);
+}
+
+#[test]
+fn frames_of_a_plan_that_proved_wrong_are_not_waited_for() {
+    let rig = Rig::new();
+    let image = Image::new(&[LayerContent::new(1, &[16; 8]), LayerContent::new(2, &[1; 40])]);
+    let start = image.start(&[(0, 0, 128)], 128, 16);
+    let location = image.serve(&rig.registry, "v1", Some(&start));
+    // The hot blob is on its way for ever.
+    rig.registry.set_fault("hang", Fault::new(&format!("*/blobs/{}", Digest::of(&start.hot)), Toxic::Hang));
+    let loaded = rig.attach(&location).unwrap();
+    wait_for("the hot blob is asked for", || rig.registry.fault_hits("hang") > 0);
+    for block in (0..40).step_by(3) {
+        assert_reads(&loaded, &image, device_blocks(&image, (1, block, 1)));
+    }
+    wait_for("the plan is dropped", || loaded.image.prefetch().engine.plan.is_some_and(|plan| plan.is_dropped));
+    assert_reads(&loaded, &image, device_blocks(&image, (0, 20, 4)));
+    let stats = rig.registry.stats();
+    let layer = &image.manifest.layers[0];
+    assert!(asked_of(&stats, layer.digest) > 0, "the chunk took the frame's place");
+    let statistics = loaded.image.statistics();
+    assert_eq!(statistics.errors, 0);
+    let hot = loaded.image.prefetch();
+    assert_eq!(hot.hot_blocks_present, 0, "nobody waited for the hot blob");
+}
+
+#[test]
+fn what_was_in_the_store_before_is_no_part_of_what_a_start_had_to_fetch() {
+    let rig = Rig::new();
+    let image = image();
+    let location = image.serve(&rig.registry, "v1", None);
+    let loaded = rig.attach(&location).unwrap();
+    let units = |loaded: &LoadedImage| {
+        let mut units = Vec::new();
+        loaded.image.units(0, 60..140, |unit| units.push(unit.map(|(key, _)| key)));
+        units
+    };
+    let chunk = |chunk| UnitKey::Chunk { layer: 0, chunk };
+    assert_eq!(units(&loaded), [Some(chunk(0)), Some(chunk(1)), Some(chunk(2)), Some(chunk(3))]);
+    assert_reads(&loaded, &image, device_blocks(&image, (0, 64, 5)));
+    assert_eq!(units(&loaded)[1], Some(chunk(1)), "it had to be fetched");
+    drop(loaded);
+    let start = image.start(&[(0, 0, 140)], 140, 16);
+    let loaded = rig.attach(&image.serve(&rig.registry, "v2", Some(&start))).unwrap();
+    let frame = |frame| Some(UnitKey::Frame(frame));
+    assert_eq!(units(&loaded), [frame(3), None, frame(4), frame(5), frame(6), frame(7), frame(8), frame(8)]);
 }
 
 #[test]

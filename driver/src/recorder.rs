@@ -107,10 +107,12 @@ impl Recorder {
         subject: Subject,
         replace: Replace,
     ) -> Result<Self> {
-        let log = Log::create(store.recording_log(name), &subject)?;
+        // Before its log is touched, which may be that of the other recording.
         if !image.first_reads().start_recording() {
             return Err(Error::new(ErrorKind::Busy, format!("{name} is recorded already")));
         }
+        let log = Log::create(store.recording_log(name), &subject);
+        let log = log.inspect_err(|_| image.first_reads().stop_recording())?;
         let shared = Arc::new(Shared {
             is_stopping: AtomicBool::new(false),
             ready_at_us: AtomicU64::new(NEVER_US),
@@ -156,7 +158,7 @@ impl Recorder {
 
     /// Entries so far.
     pub(crate) fn entries(&self) -> u64 {
-        self.shared.entries.load(Ordering::Relaxed)
+        self.shared.entries.load(Ordering::Acquire)
     }
 
     /// Ends it, and gives the trace; none if nothing was read. Waits for the disk.
@@ -269,9 +271,10 @@ impl<'a> Recording<'a> {
         }
         self.last = Instant::now();
         self.began.get_or_insert(self.last);
-        self.shared.entries.store(self.entries as u64, Ordering::Relaxed);
         let appended = self.log.append(&self.batch);
         self.batch.clear();
+        // Who sees them finds them in the log.
+        self.shared.entries.store(self.entries as u64, Ordering::Release);
         appended
     }
 
@@ -338,3 +341,6 @@ pub(crate) fn recover_logs(store: &Store) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

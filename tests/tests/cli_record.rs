@@ -193,7 +193,10 @@ fn the_events_of_a_start_add_up_to_its_figures() {
     read_pages(&mount.join("first"), &pages);
     // Nobody foretold these.
     read_pages(&mount.join("second"), &[300, 301]);
+    let links = host.root.join("store/links.json");
+    assert!(!links.exists());
     host.ublkimg(&["ready", "data-v1"]).success();
+    assert!(std::fs::read_to_string(&links).unwrap().contains("round_trip"), "a killed server loses no estimate");
     let status = host.ublkimg(&["status", "--json", "data-v1", "--events", followed]).success().stdout;
     let status: Value = serde_json::from_str(&status).unwrap();
     let start = &status["start"];
@@ -331,6 +334,38 @@ fn one_run_of_an_image_is_recorded_and_leaves_nothing() {
     host.ublkimg(&[&["record", &reference][..], &period[..]].concat()).success();
     let never = ["--ready-cmd", "false", "--timeout", "1s", "-o", file_text, "--", "/bin/sleep", "60"];
     host.ublkimg(&[&["record", &reference][..], &never[..]].concat()).refused(7, &["not ready"]);
+    assert_eq!(host.devices(), Vec::<Value>::new());
+    host.end();
+}
+
+#[test]
+fn a_server_is_ready_when_it_answers() {
+    let host = match host_with_shell() {
+        Ok(host) => host,
+        Err(reason) => skip!("{reason}"),
+    };
+    let reference = host.registry.reference("shell", "v1");
+    let files = ["run.trace", "run.events"].map(|name| host.root.join(name));
+    let [trace_file, events_file] = files.each_ref().map(|file| file.to_str().unwrap());
+    // Free a moment ago.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let url = format!("http://127.0.0.1:{port}/etc/passwd");
+    let address = format!("127.0.0.1:{port}");
+    let options = ["--ready-http", &url, "--events", events_file, "--json", "-o", trace_file, "--"];
+    // It listens half a second after its start.
+    let serve = format!("sleep 0.5; exec /bin/busybox httpd -f -p {address} -h /");
+    let recorded = host.ublkimg(&[&["record", &reference][..], &options[..], &["/bin/sh", "-c", &serve]].concat());
+    let report: Value = serde_json::from_str(&recorded.success().stdout).unwrap();
+    assert!(report["ready_after_start_us"].as_u64().unwrap() > 500_000, "{report}");
+    assert!(trace(&files[0]).header.ready_us.is_some());
+    assert_eq!(events(&files[1], "mark").last().unwrap()["mark"], "ready");
+    assert!(std::net::TcpStream::connect(&address).is_err(), "the server is gone with the run");
+
+    // One that answers, but not well.
+    let missing = format!("http://127.0.0.1:{port}/nothing/here");
+    let options = ["--ready-http", &missing, "--timeout", "2s", "-o", trace_file, "--"];
+    let serve = ["/bin/busybox", "httpd", "-f", "-p", &address, "-h", "/"];
+    host.ublkimg(&[&["record", &reference][..], &options[..], &serve[..]].concat()).refused(7, &["not ready"]);
     assert_eq!(host.devices(), Vec::<Value>::new());
     host.end();
 }

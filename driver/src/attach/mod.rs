@@ -27,7 +27,7 @@ use crate::counters::ImageCounters;
 use crate::engine::{AddedBlob, Attachment, Engine, NewBlob};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::Source;
-use crate::image::{ServedBlob, ServedImage};
+use crate::image::{ServedBlob, ServedImage, local};
 use crate::start_events::{FetchClass, Get, Mark};
 use crate::store::Store;
 
@@ -306,6 +306,7 @@ impl<'a> Attaching<'a> {
             key: added.key,
             file: blob.file,
             index: blob.index,
+            was_local: local(&blob.entries),
         };
         let layers: Vec<PlannedLayer> = blobs.map(layer).collect();
         let (hot, loaded) = match profile {
@@ -316,7 +317,8 @@ impl<'a> Attaching<'a> {
             }
             None => (None, None),
         };
-        let blobs = layers.into_iter().map(|layer| ServedBlob::new(layer.key, layer.file, layer.index)).collect();
+        let served = |layer: PlannedLayer| ServedBlob::new(layer.key, layer.file, layer.index, layer.was_local);
+        let blobs = layers.into_iter().map(served).collect();
         self.counters.events.fetching_begins();
         let metadata = Arc::new(prepared.metadata);
         let (counters, attachment) = (Arc::clone(&self.counters), Some(self.attachment));

@@ -30,6 +30,8 @@ pub(super) struct PlannedLayer {
     pub(super) key: BlobKey,
     pub(super) file: Arc<BlobFile>,
     pub(super) index: Arc<ChunkIndex>,
+    /// Whether each chunk was in the store when attaching began.
+    pub(super) was_local: Box<[bool]>,
 }
 
 /// A hot blob that the engine knows.

@@ -22,7 +22,7 @@ use super::plan::{self, PlannedHot, PlannedLayer};
 use super::{AttachOptions, Attaching, Named, blocking};
 use crate::engine::{AddedBlob, NewBlob, entries};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::{ServedBlob, ServedHot};
+use crate::image::{ServedBlob, ServedHot, local};
 use crate::start_events::Mark;
 use crate::store::{BlobFile, TRACE_BYTES_MAX};
 use crate::trace_file;
@@ -82,6 +82,8 @@ struct Hot {
     file: Arc<BlobFile>,
     index: Arc<ChunkIndex>,
     added: AddedBlob,
+    /// Whether each frame was in the store when attaching began.
+    was_local: Box<[bool]>,
 }
 
 impl Attaching<'_> {
@@ -243,12 +245,13 @@ impl Attaching<'_> {
         if index.is_empty() {
             return Ok(None);
         }
+        let was_local = local(&entries);
         let (kind, source) = (BlobKind::Hot, self.source(hot.blob.digest, &index));
         let new = NewBlob { kind, file: Arc::clone(&file), source, entries };
         let (engine, image) = (&self.attachment.engine, self.attachment.image);
         let stopped = || Error::new(ErrorKind::Internal, "the engine has stopped");
         let added = engine.add_blobs(image, vec![new]).await?.pop().ok_or_else(stopped)?;
-        Ok(Some(Hot { file, index, added }))
+        Ok(Some(Hot { file, index, added, was_local }))
     }
 
     /// What it names is fetched from now on.
@@ -292,7 +295,7 @@ impl Attaching<'_> {
         self.profile_is_known();
         self.attachment.engine.set_plan(self.attachment.image, steps, plan::byte_cap(image_bytes));
         let served = hot.map(|(hot, map)| {
-            let blob = ServedBlob::new(hot.added.key, hot.file, hot.index);
+            let blob = ServedBlob::new(hot.added.key, hot.file, hot.index, hot.was_local);
             ServedHot::new(blob, map, hot.added.withdrawn)
         });
         let loaded = LoadedProfile { trace, has_hot_blob: served.is_some(), kept };

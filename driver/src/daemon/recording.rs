@@ -74,7 +74,14 @@ impl Server {
         // First of all: this is the moment.
         self.with_device(name, |attached| attached.start.ready())?;
         let _name_lock = self.locks.lock(name).await;
-        self.set_read_ahead(name).await
+        self.set_read_ahead(name).await?;
+        // After a start more is known of the link than ever.
+        let server = Arc::clone(&self);
+        blocking(move || {
+            server.keep_links();
+            Ok(())
+        })
+        .await
     }
 
     pub(super) fn fill(&self, name: &str, mode: FillMode) -> Result<()> {

@@ -43,6 +43,9 @@ const OOM_SCORE_ADJUSTMENT: &str = "-900";
 /// A killed server may take this long to let go of the store.
 const STORE_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How often it is looked whether links have turned out to be others than is kept.
+const LINKS_PERIOD: Duration = Duration::from_secs(60);
+
 /// What a server is started with.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
@@ -130,6 +133,7 @@ impl Server {
         let terminated = terminated()?;
         let watching = tokio::spawn(Arc::clone(&self).watch_read_ahead());
         let keeping_room = tokio::spawn(cache::keep_room(Arc::clone(&self)));
+        let keeping = tokio::spawn(Arc::clone(&self).keep_links_fresh());
         tracing::info!(socket = %self.directories.socket().display(), "serving");
         tokio::select! {
             () = listener::serve(listener, move |request| Arc::clone(&handler).handle(request)) => {}
@@ -138,6 +142,7 @@ impl Server {
         let _ = std::fs::remove_file(self.directories.socket());
         watching.abort();
         keeping_room.abort();
+        keeping.abort();
         let mut attached = std::mem::take(&mut *self.attached.lock());
         finish_all(&mut attached);
         for (name, attached) in attached {
@@ -149,9 +154,23 @@ impl Server {
     }
 
     /// Keeps what is known of links. It is worth a few round trips of a later start: trouble is logged.
-    fn keep_links(&self) {
+    pub(super) fn keep_links(&self) {
         if let Err(error) = self.store.put_links(&self.engine.links()) {
             tracing::warn!("what is known of links is not kept: {}", error.chain());
+        }
+    }
+
+    /// Keeps it while it is found out: a server that is killed has no time for that. Runs as long as the server.
+    async fn keep_links_fresh(self: Arc<Self>) {
+        let mut kept = Vec::new();
+        loop {
+            tokio::time::sleep(LINKS_PERIOD).await;
+            let links = self.engine.links();
+            if links != kept {
+                let server = Arc::clone(&self);
+                let _ = tokio::task::spawn_blocking(move || server.keep_links()).await;
+                kept = links;
+            }
         }
     }
 

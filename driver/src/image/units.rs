@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
+use ublkimg_image::BLOCK_SIZE;
+use ublkimg_scheduler::ChunkEntry;
 use ublkimg_scheduler::bound::Unit;
 
-use super::ServedImage;
+use super::{ServedBlob, ServedImage};
 
 /// Names a chunk of a layer, or a frame of the hot blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -13,25 +15,47 @@ pub(crate) enum UnitKey {
     Frame(u32),
 }
 
+/// Which of the chunks of a blob are in the store.
+pub(crate) fn local(entries: &[ChunkEntry]) -> Box<[bool]> {
+    entries.iter().map(|entry| entry.present).collect()
+}
+
+impl ServedBlob {
+    fn was_local(&self, chunk: u32) -> bool {
+        self.was_local.get(chunk as usize).copied().unwrap_or(false)
+    }
+
+    fn unit(&self, chunk: u32) -> Unit {
+        let chunk = self.index.chunk(chunk);
+        Unit { stored_len_bytes: chunk.stored.end - chunk.stored.start, raw_len_bytes: chunk.raw.end - chunk.raw.start }
+    }
+
+    /// The blocks of a chunk.
+    fn blocks_of(&self, chunk: u32) -> Range<u32> {
+        let raw = self.index.chunk(chunk).raw;
+        let block = |offset_bytes: u64| u32::try_from(offset_bytes / BLOCK_SIZE as u64).unwrap_or(u32::MAX);
+        block(raw.start)..block(raw.end)
+    }
+}
+
 impl ServedImage {
-    /// What has to be fetched for blocks of a layer, in their order: frames of the hot blob where it has them, else chunks.
-    /// Blocks that the layer does not have are left out.
-    pub(crate) fn units(&self, layer: u16, blocks: Range<u32>, mut take: impl FnMut(UnitKey, Unit)) {
+    /// What has to be fetched for blocks of a layer, in their order: frames of the hot blob where it has them, else chunks;
+    /// `None` for what was in the store before. Blocks that the layer does not have are left out.
+    pub(crate) fn units(&self, layer: u16, blocks: Range<u32>, mut take: impl FnMut(Option<(UnitKey, Unit)>)) {
         let Some(blob) = self.blobs.get(usize::from(layer)) else { return };
         let blocks = blocks.start..blocks.end.min(blob.index.raw_len_blocks());
-        self.each_run(layer, blocks, |run, rank| {
-            let (blob, blocks) = match rank {
-                Some((hot, rank)) => (&hot.blob, rank..rank + (run.end - run.start)),
-                None => (blob, run),
-            };
-            blob.each_chunk(blocks, |number| {
-                let chunk = blob.index.chunk(number);
-                let unit = Unit {
-                    stored_len_bytes: chunk.stored.end - chunk.stored.start,
-                    raw_len_bytes: chunk.raw.end - chunk.raw.start,
-                };
-                let key = if rank.is_some() { UnitKey::Frame(number) } else { UnitKey::Chunk { layer, chunk: number } };
-                take(key, unit);
+        blob.each_chunk(blocks.clone(), |chunk| {
+            if blob.was_local(chunk) {
+                return take(None);
+            }
+            let own = blob.blocks_of(chunk);
+            let wanted = own.start.max(blocks.start)..own.end.min(blocks.end);
+            self.each_run(layer, wanted, |run, rank| match rank {
+                Some((hot, rank)) => hot.blob.each_chunk(rank..rank + (run.end - run.start), |frame| {
+                    let is_fetched = !hot.blob.was_local(frame);
+                    take(is_fetched.then(|| (UnitKey::Frame(frame), hot.blob.unit(frame))));
+                }),
+                None => take(Some((UnitKey::Chunk { layer, chunk }, blob.unit(chunk)))),
             });
         });
     }

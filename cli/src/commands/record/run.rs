@@ -26,6 +26,7 @@ use super::bundle::{Bundle, ImageConfig};
 use super::cleanup::{Container, Device, Directory, Mount};
 use super::ready::Readiness;
 use crate::args::{Global, RecordRun};
+use crate::exit::INTERRUPTED;
 use crate::output;
 
 /// How often readiness is looked at: fine enough for starts of tens of milliseconds.
@@ -37,9 +38,6 @@ const SHELL_POLL: Duration = Duration::from_millis(50);
 /// How long attaching and mounting may take, and a read.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(60);
 const READ_TIMEOUT: Duration = Duration::from_secs(300);
-
-/// The exit code of a command that was interrupted, as shells have it.
-const INTERRUPTED: i32 = 130;
 
 /// What `record --json` prints.
 #[derive(Serialize)]
@@ -55,7 +53,7 @@ pub(super) fn run(global: &Global, command: &RecordRun) -> anyhow::Result<()> {
     let outcome = record(global, command, &interrupted);
     if interrupted.load(Ordering::SeqCst) {
         eprintln!("ublkimg: interrupted, nothing is left of the run");
-        std::process::exit(INTERRUPTED);
+        std::process::exit(INTERRUPTED.into());
     }
     outcome
 }
