@@ -41,6 +41,7 @@ pub(crate) struct Bench {
     program: PathBuf,
     transport: String,
     read_ahead_kb: u32,
+    knows_link: bool,
     runtime: Runtime,
 }
 
@@ -52,6 +53,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) transport: &'a str,
     pub(crate) link: (u64, u64),
     pub(crate) read_ahead_kb: u32,
+    /// A host keeps what the one before it found out about the link.
+    pub(crate) knows_link: bool,
 }
 
 impl Bench {
@@ -75,6 +78,7 @@ impl Bench {
             program: setup.program.to_owned(),
             transport: setup.transport.to_owned(),
             read_ahead_kb: setup.read_ahead_kb,
+            knows_link: setup.knows_link,
             runtime: Runtime::new()?,
         })
     }
@@ -125,10 +129,15 @@ impl Bench {
 
     fn new_host(&self, name: &str) -> Result<Host<'_>> {
         let dir = self.work.join(name);
+        let link = dir.join("store").join("links.json");
+        let known = if self.knows_link { std::fs::read(&link).ok() } else { None };
         if dir.exists() {
             std::fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
         }
-        std::fs::create_dir_all(&dir)?;
+        std::fs::create_dir_all(dir.join("store"))?;
+        if let Some(known) = known {
+            std::fs::write(&link, known).with_context(|| format!("cannot write {}", link.display()))?;
+        }
         Ok(self.host_in(dir))
     }
 

@@ -49,6 +49,9 @@ struct Arguments {
     /// more also those that the kernel reads beyond them
     #[arg(long, default_value_t = 16, value_name = "KIB")]
     read_ahead_kb: u32,
+    /// Hosts have used this registry before: each keeps what the one before it found out about the link
+    #[arg(long)]
+    known_link: bool,
     /// Nothing else runs on this machine: the processor time that a start took is known, and T* has its term for it
     #[arg(long)]
     alone: bool,
@@ -96,6 +99,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         transport: &arguments.transport,
         link: (arguments.rate_mbit, arguments.rtt_ms / 2),
         read_ahead_kb: arguments.read_ahead_kb,
+        knows_link: arguments.known_link,
     };
     let bench = Bench::new(&setup, &workloads)?;
     let mut rows = Vec::new();
