@@ -121,10 +121,13 @@ fn traces_of_one_command_are_compared_and_merged() {
     let image = fixture.reference();
     let files = fixture.json(&["trace", "diff", &a, &b, "--image", &image])["files"].clone();
     let path = |place: usize| files[place]["path"].as_str().unwrap();
-    assert_eq!((path(0), path(1), files.as_array().unwrap().len()), ("/data/prose", "/sizes/262145", 2), "{files}");
-    assert_eq!((files[0]["only_left_blocks"].as_u64(), files[1]["only_right_blocks"].as_u64()), (Some(768), Some(65)));
+    // The first piece of the third file is also the whole of another, whose name comes first.
+    assert_eq!([path(0), path(1), path(2)], ["/data/prose", "/sizes/262144", "/sizes/262145"], "{files}");
+    assert_eq!(files.as_array().unwrap().len(), 3);
+    let right = |place: usize| files[place]["only_right_blocks"].as_u64();
+    assert_eq!((files[0]["only_left_blocks"].as_u64(), right(1), right(2)), (Some(768), Some(64), Some(1)));
     let text = fixture.run(&["trace", "diff", &a, &b, "--image", &image, "--files", "1"]).success().stdout;
-    assert!(text.contains("/data/prose") && text.contains("and 1 more file"), "{text}");
+    assert!(text.contains("/data/prose") && text.contains("and 2 more files"), "{text}");
 
     let merged = fixture.path("merged");
     let summary = fixture.json(&["trace", "merge", &a, &b, "-o", &merged]);
@@ -209,7 +212,8 @@ fn optimize_reads_what_it_needs_and_uploads_no_layer() {
     let read: u64 = of_layers.map(|(_, blob)| blob.bytes_sent).sum();
     let hot = &report["hot"];
     assert_eq!(Some(read), hot["chunk_bytes_read"].as_u64());
-    assert!(hot["stored_bytes"].as_u64().unwrap() <= read, "{report}");
+    // These files fill their chunks, and frames are cut elsewhere: about as many bytes, where most images have far fewer.
+    assert!(hot["stored_bytes"].as_u64().unwrap() <= read + read / 20, "{report}");
     assert_eq!((report["blocks"].as_u64(), report["is_default"].as_bool()), (hot["blocks"].as_u64(), Some(true)));
     // Three blobs: trace, hot blob, table. An upload is asked for, then sent.
     assert_eq!(stats.requests_of("upload"), 6, "{:?}", stats.requests);

@@ -85,9 +85,10 @@ fn slow_bodies() {
 #[test]
 fn a_sequence_of_faults_goes_by_itself() {
     let fixture = Fixture::new();
+    // Before the faults count their time.
+    let start = Instant::now();
     fixture.registry.set_fault("busy", Fault::new("*", Toxic::TooManyRequests { retry_after_s: 1 }).for_ms(300));
     fixture.registry.set_fault("away", Fault::new("*", Toxic::Refuse).after_ms(300).for_ms(300));
-    let start = Instant::now();
     let mut open = fixture.connect();
     assert_eq!(open.get("/v2/").unwrap().status, 429);
     while open.get("/v2/").is_ok() {
