@@ -87,7 +87,7 @@ powercut: deps ## cuts the power after every step of POWERCUT_SEEDS workloads of
 faults: deps ## what becomes of reads when the registry fails, written into docs/guarantees.md
 	@tests/faults.sh cargo test -p ublkimg-driver --lib $(PROFILE) -- outage_tests
 
-kills: programs ## kills the daemon N times under load, in a guest; `make lanes-full` does twenty
+kills: programs ## kills the daemon N times under load, in a guest; `make lanes` does twenty
 	@tests/vm/long.sh kills.sh $(BIN) $(N) $$((300 + 5 * $(N)))
 
 soak: programs ## adds, removes, kills, outages and evictions at once for MINUTES, in a guest; `make lanes` does half of one

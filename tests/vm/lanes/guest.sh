@@ -71,12 +71,13 @@ same_tree() {
 # The device numbers that are there before anything is added belong to others.
 devices() { for node in /dev/ublkb* /dev/ublkc*; do [ ! -e "$node" ] || echo "$node"; done; }
 loops() { for file in /sys/block/loop*/loop/backing_file; do [ ! -e "$file" ] || cat "$file"; done; }
-# command_of PID : its command line; nothing if it is gone
-command_of() { cat "/proc/$1/cmdline" 2>/dev/null | tr '\0' ' ' || true; }
-# daemons : process ids of the guard and the server of this lane
+# daemons [MORE] : process ids of the guard and the server of this lane; with --server, of the server alone
 daemons() {
-  for dir in /proc/[0-9]*; do
-    case $(command_of "${dir#/proc/}") in *"$WORK/run"*" daemon "*) echo "${dir#/proc/}" ;; esac
+  for process in /proc/[0-9]*; do
+    # A program for each process would take seconds in a guest. `read` drops the zeros between the words.
+    command=
+    { read -r command <"$process/cmdline"; } 2>/dev/null || true
+    case $command in *"$WORK/run"*daemon"${1:-}"*) echo "${process#/proc/}" ;; esac
   done
 }
 devices_before=$(devices)

@@ -6,11 +6,7 @@
 below() { echo $(($(od -An -N4 -tu4 /dev/urandom) % $1)); }
 # pause MS : sleeps for a random time of up to MS
 pause() { sleep "$(below "$1" | awk '{ printf "%.3f", $1 / 1000 }')"; }
-server() {
-  for pid in $(daemons); do
-    case $(command_of "$pid") in *--server*) echo "$pid" ;; esac
-  done
-}
+server() { daemons --server; }
 
 # steady TAG : attaches TAG, checks its whole tree, and reads its device until the end
 steady() {
@@ -43,6 +39,16 @@ evictions() {
   done
 }
 
+# load STEADY COMING : begins all of it, with these two images
+load() {
+  registry "$1" "$2"
+  steady "$1"
+  comings "$2" &
+  comings_pid=$!
+  evictions &
+  evictions_pid=$!
+}
+
 # over : ends the load, and checks what the readers saw
 over() {
   touch "$WORK/over"
@@ -50,7 +56,7 @@ over() {
     cat "$WORK/steady" "$WORK/steady.errors"
     fail "the steady reader ended with an error"
   }
-  wait "$@"
+  wait "$comings_pid" "$evictions_pid"
   [ ! -e "$WORK/faults" ] || { cat "$WORK/faults"; fail "a reader saw a fault"; }
   say "$(cat "$WORK/steady")"
   say "$(cat "$WORK/rounds") times another image was added, read whole, and removed"

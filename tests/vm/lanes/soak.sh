@@ -7,12 +7,7 @@
 seconds=${4:-30}
 # Limits for a daemon with two small images, many times what it has after it was started.
 rss_kb_max=150000 files_max=150
-registry one two
-steady one
-comings two &
-comings_pid=$!
-evictions &
-evictions_pid=$!
+load one two
 end=$(($(date +%s) + seconds))
 rss_kb=0 files=0 outages=0 kills=0
 while [ "$(date +%s)" -lt $end ]; do
@@ -34,7 +29,7 @@ while [ "$(date +%s)" -lt $end ]; do
   pid=$(server)
   [ -z "$pid" ] || { kill -9 "$pid" 2>/dev/null && kills=$((kills + 1)); }
 done
-over "$comings_pid" "$evictions_pid"
+over
 say "$outages outages, $kills kills; at most $rss_kb KB of memory and $files descriptors"
 [ "$rss_kb" -lt $rss_kb_max ] || fail "$rss_kb KB of memory"
 [ "$files" -lt $files_max ] || fail "$files descriptors"
