@@ -390,6 +390,10 @@ pub(crate) struct Daemon {
     /// How much room the store may take
     #[command(flatten)]
     pub(crate) limits: cache::LimitArguments,
+    /// How long readers of a device may wait for a server when none comes to serve; then the device is deleted and they get
+    /// errors
+    #[arg(long, env = "UBLKIMG_RECOVERY_TIMEOUT", value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub(crate) recovery_timeout: Duration,
     /// Run in a session of its own, as `add` starts it
     #[arg(long, hide = true, conflicts_with = "stop")]
     pub(crate) background: bool,

@@ -96,7 +96,7 @@ else
     "$here/run-uml.sh" "$here/lanes/$1" --mem 3G --timeout "$2" -- "/mnt/host$bin" "/mnt/host$3" "$4"
   }
 fi
-full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-corrupt" "$where-latency" "$where-profile" "$where-soak" "$where-kills")
+full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-giveup" "$where-corrupt" "$where-latency" "$where-profile" "$where-soak" "$where-kills")
 # The workspace's own tests of devices. On a host with ublk cargo has run them already.
 test_lanes=()
 [[ $where == host ]] || test_lanes=(uml-test-ublk uml-test-processes uml-test-cli_add uml-test-cli_daemon uml-test-cli_cache)

@@ -28,7 +28,7 @@ pub(super) fn run(global: &Global, command: &Daemon) -> anyhow::Result<()> {
         let _ = std::env::set_current_dir("/");
     }
     let executable = std::env::current_exe()?;
-    let outcome = guard::run(&directories, || {
+    let outcome = guard::run(&directories, command.recovery_timeout, || {
         let mut server = std::process::Command::new(&executable);
         pass_global(&mut server, &directories, &global.log);
         server.args(["daemon", "--server"]);
