@@ -66,8 +66,12 @@ pub(crate) enum Command {
     Ready(Ready),
     /// Fetch the rest of an image
     Fill(Fill),
-    /// Show what an image in a registry or layout consists of
+    /// Show what an image in a registry or layout consists of, and what it costs
     Inspect(Inspect),
+    /// Check a whole converted image against its digests, and against what it was converted from
+    Check(Check),
+    /// Write an image as a plain EROFS file, for `mount -o loop`
+    Export(Export),
     /// Make a profile of recorded starts and list it beside the image: the next start fetches in that order
     Optimize(trace::Optimize),
     /// Look at, merge, compare, draw and pass on recorded starts
@@ -103,9 +107,16 @@ pub(crate) struct Convert {
     pub(crate) source: String,
     /// Registry reference or oci:DIR[:TAG]
     pub(crate) destination: String,
-    /// Platform to take from a multi-platform image, such as linux/arm64 (default: this machine's)
-    #[arg(long, value_name = "OS/ARCH")]
+    /// Platform to take from a multi-platform image, such as linux/arm64 or linux/arm/v7 (default: this machine's)
+    #[arg(long, value_name = "OS/ARCH", conflicts_with = "all_platforms")]
     pub(crate) platform: Option<String>,
+    /// Convert the images for all platforms of Linux
+    #[arg(long)]
+    pub(crate) all_platforms: bool,
+    /// List the original image before the converted one, so that ordinary runtimes keep working with DESTINATION, which may
+    /// then be SOURCE itself
+    #[arg(long)]
+    pub(crate) index: bool,
     /// Directory for unlinked temporary files, at most the raw size of the layers at work
     #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/var/tmp")]
     pub(crate) tmpdir: PathBuf,
@@ -137,6 +148,10 @@ pub(crate) struct Convert {
 pub(crate) struct Add {
     /// The image: registry reference or oci:DIR[:TAG]
     pub(crate) reference: String,
+    /// Pull an image that nobody converted, and convert it into this host's store first. What no device uses of it is
+    /// removed when newer ones come
+    #[arg(long)]
+    pub(crate) convert: bool,
     /// Name of the device (default: made of the reference)
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -363,13 +378,49 @@ pub(crate) struct Status {
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
-    /// The image: registry reference or oci:DIR[:TAG]
+    /// The image: registry reference, oci:DIR[:TAG], or the path of a layout directory
     pub(crate) reference: String,
+    /// Platform to take from a multi-platform image (default: this machine's)
+    #[arg(long, value_name = "OS/ARCH")]
+    pub(crate) platform: Option<String>,
+    /// Number of the largest files to list
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub(crate) largest: usize,
     #[command(flatten)]
     pub(crate) registry: RegistryOptions,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Check {
+    /// The image: registry reference, oci:DIR[:TAG], or the path of a layout directory
+    pub(crate) reference: String,
+    /// Compare it with this, which it was converted from, object by object
+    #[arg(long, value_name = "SOURCE")]
+    pub(crate) source: Option<String>,
+    /// Directory for unlinked temporary files: with --source the largest layer twice, unpacked
+    #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/var/tmp")]
+    pub(crate) tmpdir: PathBuf,
+    #[command(flatten)]
+    pub(crate) registry: RegistryOptions,
+    /// Print the figures as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Export {
+    /// The image: registry reference, oci:DIR[:TAG], or the path of a layout directory
+    pub(crate) reference: String,
+    /// The file to write, or a directory for a file named after the image
+    pub(crate) path: PathBuf,
+    /// Platform to take from a multi-platform image (default: this machine's)
+    #[arg(long, value_name = "OS/ARCH")]
+    pub(crate) platform: Option<String>,
+    #[command(flatten)]
+    pub(crate) registry: RegistryOptions,
 }
 
 #[derive(Debug, Args)]

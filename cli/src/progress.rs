@@ -22,6 +22,7 @@ fn title(task: &Task) -> String {
         Phase::Compress => "compress",
         Phase::Push => "push",
         Phase::Finish => "merge and publish",
+        Phase::Check => "check",
         Phase::Publish => "publish",
     };
     match task.layer {

@@ -44,8 +44,13 @@ pub(crate) struct Blob {
 impl Blob {
     /// A path under which this process can open the file, as often as it wants, while the blob lives.
     pub(crate) fn path(&self) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+        path_of(&self.file)
     }
+}
+
+/// A path under which this process can open a file without a name while it is open.
+pub(crate) fn path_of(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// A layer blob and what the image needs to know of it.
@@ -151,5 +156,15 @@ pub(crate) fn from_image(error: ublkimg_image::Error) -> Error {
     match error.kind() {
         ublkimg_image::ErrorKind::TooLarge | ublkimg_image::ErrorKind::Unsupported => Error::unsupported(message),
         _ => Error::bad_source(message),
+    }
+}
+
+/// What is malformed in a converted image: it came to harm, or was never right.
+#[expect(clippy::needless_pass_by_value, reason = "the form that map_err takes")]
+pub(crate) fn from_stored(error: ublkimg_image::Error) -> Error {
+    let message = error.to_string();
+    match error.kind() {
+        ublkimg_image::ErrorKind::Unsupported => Error::unsupported(message),
+        _ => Error::damaged(message),
     }
 }

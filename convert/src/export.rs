@@ -3,16 +3,43 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 
+use rustix::fs::{self, AtFlags, Mode, OFlags};
+use rustix::io::Errno;
 use tokio_util::io::SyncIoBridge;
 use ublkimg_image::{BLOCK_SIZE, DeviceMap, flat_block0};
 use ublkimg_registry::descriptor::Platform;
 use ublkimg_registry::{Digest, Repository};
 
-use crate::blob::from_image;
+use crate::blob::{from_image, path_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hashing::HashingReader;
 use crate::stored_image::StoredImage;
+
+/// Writes the image to a new file at `path`, which appears whole or not at all. Returns its length in bytes.
+///
+/// # Errors
+/// `Usage` when `path` is there already; `Unsupported` in a file system without unnamed files; as [`export`].
+pub async fn export_file(repository: &Repository, platform: &Platform, path: &Path) -> Result<u64> {
+    let failed = |error: Errno| Error::open(format!("writing {}", path.display()), error.into());
+    let exists = || Error::new(ErrorKind::Usage, format!("{} exists already: remove it first", path.display()));
+    if path.symlink_metadata().is_ok() {
+        return Err(exists());
+    }
+    let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let unnamed = fs::open(directory, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::from_raw_mode(0o644));
+    let file = File::from(unnamed.map_err(|error| match error {
+        Errno::OPNOTSUPP => Error::unsupported(format!("{}: no unnamed files here", directory.display())),
+        error => failed(error),
+    })?);
+    let len_bytes = export(repository, platform, &file).await?;
+    match fs::linkat(fs::CWD, path_of(&file), fs::CWD, path, AtFlags::SYMLINK_FOLLOW) {
+        Ok(()) => Ok(len_bytes),
+        Err(Errno::EXIST) => Err(exists()),
+        Err(error) => Err(failed(error)),
+    }
+}
 
 /// Writes the image that `repository` names to `file`, from its start: metadata with the block 0 that devices serve,
 /// layer blobs decompressed, zeros. The result can be mounted through a loop device. Returns its length in bytes.

@@ -17,6 +17,8 @@
 //!
 //! Layers that were converted before are used again, here or in the registry: [`reuse`].
 //!
+//! [`check()`] reads a whole image back, [`export()`] writes it as a file that needs nothing of this project.
+//!
 //! **Nothing is guessed.** A layer must have the digest that the manifest and the config say, and an archive that can be
 //! read in two ways is an error. **Same input, same bytes:** no clock, no randomness, no map order, no number of threads
 //! shows in what is pushed.
@@ -25,6 +27,7 @@
 
 mod background;
 mod blob;
+mod check;
 mod chunk;
 mod compression;
 mod config;
@@ -43,6 +46,7 @@ mod optimize;
 mod path;
 mod place;
 mod progress;
+mod read_layer;
 mod reuse;
 mod source;
 mod spool;
@@ -50,11 +54,12 @@ mod stored_image;
 mod tar;
 mod trace_file;
 
-pub use convert::{LayerSummary, Options, Summary, convert};
+pub use check::{CheckOptions, CheckedImage, check};
+pub use convert::{ImageSummary, LayerSummary, Options, Summary, convert};
 pub use error::{Error, ErrorKind, Result};
-pub use export::export;
+pub use export::{export, export_file};
 pub use optimize::{Dropped, HotSummary, OptimizeOptions, Optimized, fit_trace, optimize};
 pub use progress::{NoProgress, Phase, Progress, Task};
-pub use source::Source;
+pub use source::{Platforms, Source};
 pub use stored_image::StoredImage;
 pub use trace_file::{load_trace, store_trace};

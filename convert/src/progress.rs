@@ -13,6 +13,8 @@ pub enum Phase {
     Push,
     /// Merging the trees of all layers and pushing what describes the image.
     Finish,
+    /// Reading back a layer blob; counts its bytes.
+    Check,
     /// Pushing a profile and listing it in the image's index.
     Publish,
 }

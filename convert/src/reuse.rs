@@ -29,6 +29,8 @@ use cache::Cache;
 use entry::Entry;
 use published::Published;
 
+pub(crate) use start::{METADATA_BYTES_MAX, RECORD_BYTES_MAX};
+
 /// Where to look.
 #[derive(Debug)]
 pub(crate) struct Reuse {

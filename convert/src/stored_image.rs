@@ -7,7 +7,7 @@ use ublkimg_registry::descriptor::{MEDIA_TYPE_DOCKER_LIST, MEDIA_TYPE_INDEX, Pla
 use ublkimg_registry::erofs_manifest::{ErofsManifest, MetadataRef, choose};
 use ublkimg_registry::{Digest, Repository, Resolved};
 
-use crate::blob::from_image;
+use crate::blob::from_stored;
 use crate::error::{Error, Result};
 use crate::hashing::HashingReader;
 
@@ -45,7 +45,17 @@ impl StoredImage {
         } else {
             (resolved.digest, resolved.bytes.clone())
         };
-        let manifest = ErofsManifest::parse(&bytes)?;
+        Self::of_manifest(repository, resolved, digest, &bytes).await
+    }
+
+    /// The same for a manifest that was read: `bytes` have that digest.
+    pub(crate) async fn of_manifest(
+        repository: &Repository,
+        resolved: Resolved,
+        digest: Digest,
+        bytes: &[u8],
+    ) -> Result<Self> {
+        let manifest = ErofsManifest::parse(bytes)?;
         let (metadata, bundle) = read_metadata(repository, &manifest.metadata).await?;
         let listed = manifest.layers.iter().map(|layer| layer.digest.0);
         if !bundle.layers.iter().map(|layer| layer.digest.0).eq(listed) {
@@ -68,8 +78,8 @@ fn decode_metadata(blob: &[u8], reference: &MetadataRef) -> Result<(Vec<u8>, Bun
     use std::io::Read as _;
 
     let split = usize::try_from(reference.bundle_range.start).unwrap_or(usize::MAX).min(blob.len());
-    let payload = skippable_payload(SkippableKind::Ublkimg, &blob[split..]).map_err(from_image)?;
-    let bundle = Bundle::decode(payload).map_err(from_image)?;
+    let payload = skippable_payload(SkippableKind::Ublkimg, &blob[split..]).map_err(from_stored)?;
+    let bundle = Bundle::decode(payload).map_err(from_stored)?;
     let mut metadata = Vec::new();
     let decoder = zstd::stream::read::Decoder::with_buffer(&blob[..split]);
     let decoder = decoder.map_err(|error| Error::io("starting zstd", error))?;

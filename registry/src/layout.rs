@@ -28,7 +28,7 @@ mod index;
 mod temporary;
 
 use index::Index;
-use temporary::Temporary;
+use temporary::{Temporary, remove_leftovers};
 
 /// image-layout.md, "oci-layout file".
 const VERSION_FILE: &str = "oci-layout";
@@ -237,6 +237,8 @@ impl Layout {
         let path = self.dir.join(VERSION_FILE);
         let lock = File::open(&path).map_err(|cause| reading(&path, cause))?;
         lock.lock().map_err(|cause| Error::io(format_args!("locking {}", path.display()), cause))?;
+        remove_leftovers(&self.dir);
+        remove_leftovers(&self.dir.join("blobs/sha256"));
         Ok(lock)
     }
 

@@ -214,3 +214,56 @@ fn wrong_credentials() {
     assert!(!host.log().contains("dXNlcjpndWVzcw"), "secrets are not for logs");
     host.end();
 }
+
+/// The image is pulled, converted into the store of this host, and attached.
+#[test]
+fn an_image_that_nobody_converted() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::new(Auth::Anonymous);
+    SampleImage::default().write_layout(&host.root.join("source"), "v1").unwrap();
+    host.registry.load_layout(&host.root.join("source"), Some("v1"), "plain", "v1").unwrap();
+    let reference = host.registry.reference("plain", "v1");
+    host.add("plain", &[]).refused(5, &[&format!("ublkimg add --convert {reference}")]);
+
+    let comparison = TempRoot::new().unwrap();
+    let expected = comparison.tmpfs("expected", 64 << 20).unwrap();
+    SampleImage::default().write_expected_tree(&expected).unwrap();
+    let mount = host.root.join("mnt");
+    let added = host.add("plain", &["--convert", "--mount", mount.to_str().unwrap()]).success();
+    assert_eq!(compare_trees(&expected, &mount).unwrap(), Vec::<String>::new());
+    assert_eq!(host.devices()[0]["name"], "plain-v1", "as if it had been converted before");
+    host.registry.set_fault("away", Fault::new("*", Toxic::Refuse));
+    let repeated = host.add("plain", &["--convert", "--mount", mount.to_str().unwrap()]).success();
+    assert_eq!(repeated.stdout, added.stdout);
+    host.registry.clear_faults();
+
+    // What was pulled stays for the next time, for a while.
+    host.ublkimg(&["rm", "plain-v1"]).success();
+    host.registry.reset_stats();
+    host.add("plain", &["--convert"]).success();
+    assert!(host.registry.stats().blobs.len() <= 1, "the config: {:?}", host.registry.stats().blobs);
+    for number in 0..6 {
+        let (layout, tag) = (OciLayout::create(&host.root.join(format!("source-{number}"))).unwrap(), "v1");
+        let tar = archive(&[Entry::file("file", format!("{number}"))], LongNames::Pax);
+        layout.add_image(tag, &[Layer { tar, compression: Compression::None }]).unwrap();
+        let repository = format!("other-{number}");
+        let source = host.root.join(format!("source-{number}"));
+        host.registry.load_layout(&source, Some(tag), &repository, tag).unwrap();
+        host.add(&repository, &["--convert"]).success();
+        host.ublkimg(&["rm", &format!("{repository}-v1")]).success();
+    }
+    let kept = std::fs::read_dir(host.root.join("store/converted")).unwrap().count();
+    assert_eq!(kept, 6, "one in use, one new, and the newest four of the others");
+
+    // The tag moved: what it named before goes.
+    host.ublkimg(&["rm", "plain-v1"]).success();
+    host.registry.load_layout(&host.root.join("source-0"), Some("v1"), "plain", "v1").unwrap();
+    host.add("plain", &["--convert"]).success();
+    let device = host.devices()[0].clone();
+    let layout = device["reference"].as_str().unwrap().trim_start_matches("oci:").trim_end_matches(":image");
+    let blobs = std::fs::read_dir(format!("{layout}/blobs/sha256")).unwrap().count();
+    assert_eq!(blobs, 5, "index, manifest, config, metadata, one layer");
+    host.end();
+}

@@ -101,8 +101,8 @@ fn the_same_image_on_every_way() {
     let again = ublkimg(root.path()).args(["convert", "--json", "--threads", "1", &plain, &pushed]).run().success();
     let json: Value = serde_json::from_str(&again.stdout).unwrap();
     assert_eq!(json["index"], digest.as_str());
-    assert_eq!(json["layers"].as_array().unwrap().len(), 3);
-    assert!(json["layers"].as_array().unwrap().iter().all(|layer| layer["existed"] == true), "{json}");
+    assert_eq!(json["images"][0]["layers"].as_array().unwrap().len(), 3);
+    assert!(json["images"][0]["layers"].as_array().unwrap().iter().all(|layer| layer["existed"] == true), "{json}");
 
     let inspected = ublkimg(root.path()).args(["inspect", "--json", &pushed]).run().success();
     let json: Value = serde_json::from_str(&inspected.stdout).unwrap();

@@ -72,7 +72,7 @@ fn layer_digests(manifest: &Value) -> Vec<String> {
 }
 
 fn reused(json: &Value) -> Vec<bool> {
-    json["layers"].as_array().unwrap().iter().map(|layer| layer["reused"].as_bool().unwrap()).collect()
+    json["images"][0]["layers"].as_array().unwrap().iter().map(|layer| layer["reused"].as_bool().unwrap()).collect()
 }
 
 fn file_layer(number: u64) -> Vec<Entry> {
@@ -90,7 +90,7 @@ fn one_changed_layer_of_fifty_moves_alone() {
     let (second, stats) = fixture.convert("v2", ("made", "latest"), &["--no-cache"]);
 
     // Up: the layer's blob, the metadata and the config; index and manifest are no blobs.
-    let made = layer_digests(&second);
+    let made = layer_digests(&second["images"][0]);
     let uploaded: Vec<&String> = stats.uploads.keys().collect();
     assert_eq!(uploaded.len(), 3, "{uploaded:?}");
     assert!(stats.uploads.contains_key(&made[49]));
@@ -103,7 +103,7 @@ fn one_changed_layer_of_fifty_moves_alone() {
         assert!(stats.blobs[digest].bytes_sent <= START_BYTES_MAX, "{:?}", stats.blobs[digest]);
     }
     assert!(reused(&second)[..49].iter().all(|reused| *reused) && !reused(&second)[49]);
-    assert_eq!(made[..49], layer_digests(&first)[..49]);
+    assert_eq!(made[..49], layer_digests(&first["images"][0])[..49]);
     assert_eq!(second["index"], fixture.full("v2")["index"], "the same bytes as a whole conversion");
 }
 
@@ -113,7 +113,7 @@ fn the_same_image_again_moves_no_layer() {
     let source = fixture.image("v1", &[file_layer(1), file_layer(2), file_layer(1)]);
     let source: BTreeSet<String> = layer_digests(&source).into_iter().collect();
     let (first, _) = fixture.convert("v1", ("made", "v1"), &[]);
-    let made: BTreeSet<String> = layer_digests(&first).into_iter().collect();
+    let made: BTreeSet<String> = layer_digests(&first["images"][0]).into_iter().collect();
     for options in [&[][..], &["--no-cache"], &["--threads", "1"]] {
         let (again, stats) = fixture.convert("v1", ("made", "v1"), options);
         assert_eq!((again["index"].clone(), reused(&again)), (first["index"].clone(), vec![true; 3]));
@@ -178,11 +178,11 @@ fn another_repository_gives_its_blobs_by_links() {
     let made = fixture.registry.reference("made", "v1");
     let (second, stats) = fixture.convert("v2", ("other/named", "v1"), &["--no-cache", "--reuse", &made]);
     assert_eq!(reused(&second), [true, false]);
-    assert!(!stats.uploads.contains_key(&layer_digests(&first)[0]));
+    assert!(!stats.uploads.contains_key(&layer_digests(&first["images"][0])[0]));
     // Remembered.
     let (third, stats) = fixture.convert("v2", ("other/remembered", "v1"), &[]);
     assert_eq!(reused(&third), [true, false]);
-    assert!(!stats.uploads.contains_key(&layer_digests(&first)[0]));
+    assert!(!stats.uploads.contains_key(&layer_digests(&first["images"][0])[0]));
     assert_eq!(third["index"], second["index"]);
     assert_eq!(third["index"], fixture.full("v2")["index"]);
     // What cannot be had is converted.
@@ -198,7 +198,7 @@ fn what_is_damaged_or_gone_is_converted_anew() {
     let fixture = Fixture::new();
     fixture.image("v1", &[file_layer(1), file_layer(2)]);
     let (first, _) = fixture.convert("v1", ("made", "v1"), &[]);
-    let blob = layer_digests(&first)[0].clone();
+    let blob = layer_digests(&first["images"][0])[0].clone();
     // Bytes of the merge record, then of the metadata.
     for offset_bytes in [10, 60] {
         let flip = Fault::new(&format!("*/blobs/{blob}"), Toxic::BitFlip { offset_bytes });

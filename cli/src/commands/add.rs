@@ -10,12 +10,12 @@ use serde::Serialize;
 use ublkimg_driver::daemon::protocol::{
     AddRequest, Answer, DeviceStatus, FillMode, ProfileRequest, Request, StartOptions,
 };
-use ublkimg_driver::daemon::{Directories, client};
+use ublkimg_driver::daemon::{Directories, client, device_name};
 use ublkimg_driver::device::Transport;
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_driver::mounts;
 
-use super::{daemon, fill, mount_helper};
+use super::{daemon, fill, local, mount_helper};
 use crate::args::{Add, FillArgument, Global, OnTimeout, TransportArgument};
 use crate::output;
 
@@ -35,12 +35,30 @@ struct Added<'a> {
 
 pub(super) fn run(global: &Global, command: &Add) -> anyhow::Result<()> {
     let directories = super::directories(global)?;
-    let (device, mount) =
-        attach(global, &directories, add_request(command)?, command.mount.as_deref(), command.timeout)?;
+    let mut request = add_request(command)?;
+    if command.convert {
+        let reference = super::location(&command.reference)?;
+        request.name.get_or_insert_with(|| device_name(&request.reference));
+        request.reference = local::convert_here(&directories, &reference, &command.registry)?.to_string();
+    }
+    let attached = attach(global, &directories, request, command.mount.as_deref(), command.timeout);
+    let (device, mount) = attached.map_err(|error| with_way_out(error, command))?;
     if command.wait.is_some() {
         fill::wait(&directories, &device.name)?;
     }
     print(command.json, &device, mount.as_deref())
+}
+
+/// An image that nobody converted can be converted here.
+fn with_way_out(error: anyhow::Error, command: &Add) -> anyhow::Error {
+    match error.downcast_ref::<Error>() {
+        Some(cause) if cause.kind() == ErrorKind::NotOurs && !command.convert => {
+            let reference = &command.reference;
+            let text = format!("{cause}, or `ublkimg add --convert {reference}` to convert it on this host");
+            Error::new(ErrorKind::NotOurs, text).into()
+        }
+        _ => error,
+    }
 }
 
 /// Attaches an image, starting the daemon if there is none, and mounts it. A device that this made is taken back when it

@@ -3,10 +3,8 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use ublkimg_convert::{Options, Source, Summary};
-use ublkimg_driver::error::{Error, ErrorKind};
+use ublkimg_convert::{ImageSummary, Options, Platforms, Source, Summary, convert};
 use ublkimg_registry::Location;
-use ublkimg_registry::descriptor::Platform;
 
 use crate::args::Convert;
 use crate::{output, progress};
@@ -16,9 +14,15 @@ use crate::{output, progress};
 struct Converted {
     reference: String,
     index: String,
+    images: Vec<Image>,
+}
+
+#[derive(Serialize)]
+struct Image {
     manifest: String,
     platform: String,
     metadata_bytes: u64,
+    metadata_raw_bytes: u64,
     layers: Vec<Layer>,
 }
 
@@ -40,14 +44,15 @@ pub(super) fn run(command: &Convert) -> anyhow::Result<()> {
     let defaults = Options::default();
     let options = Options {
         client: super::client_options(&command.registry),
-        platform: command.platform.as_deref().map(platform).transpose()?.unwrap_or(defaults.platform),
+        platforms: platforms(command)?.unwrap_or(defaults.platforms),
+        keep_original: command.index,
         tmpdir: command.tmpdir.clone(),
         level: command.level,
         threads: command.threads.unwrap_or(defaults.threads),
         cache: cache(command),
         reuse: command.reuse.iter().map(|text| super::location(text)).collect::<anyhow::Result<_>>()?,
     };
-    let conversion = ublkimg_convert::convert(&source, &destination, &options, progress::for_stderr());
+    let conversion = convert(&source, &destination, &options, progress::for_stderr());
     let summary = super::runtime()?.block_on(conversion)?;
     if command.json {
         return output::json(&converted(&destination, &summary));
@@ -65,34 +70,37 @@ fn cache(command: &Convert) -> Option<PathBuf> {
     command.cache.clone().or_else(|| Some(caches()?.join("ublkimg/convert")))
 }
 
-/// `linux/arm64`.
-fn platform(text: &str) -> anyhow::Result<Platform> {
-    match text.split_once('/') {
-        Some((os, architecture)) if !os.is_empty() && !architecture.is_empty() => Ok(Platform::new(os, architecture)),
-        _ => Err(Error::new(ErrorKind::Invalid, format!("{text:?} is no platform: write one like linux/arm64")).into()),
+fn platforms(command: &Convert) -> anyhow::Result<Option<Platforms>> {
+    if command.all_platforms {
+        return Ok(Some(Platforms::All));
     }
+    Ok(command.platform.as_deref().map(str::parse).transpose()?.map(Platforms::One))
 }
 
 fn converted(destination: &Location, summary: &Summary) -> Converted {
     Converted {
         reference: destination.to_string(),
         index: summary.digest.to_string(),
+        images: summary.images.iter().map(image).collect(),
+    }
+}
+
+fn image(summary: &ImageSummary) -> Image {
+    let layers = summary.layers.iter().map(|layer| Layer {
+        source: layer.source.as_ref().map(ToString::to_string),
+        source_bytes: layer.source_bytes,
+        digest: layer.digest.to_string(),
+        stored_bytes: layer.size_bytes,
+        raw_bytes: layer.raw_bytes,
+        chunks: layer.chunks,
+        existed: layer.existed,
+        reused: layer.reused,
+    });
+    Image {
         manifest: summary.manifest.to_string(),
         platform: summary.platform.to_string(),
         metadata_bytes: summary.metadata_bytes,
-        layers: summary
-            .layers
-            .iter()
-            .map(|layer| Layer {
-                source: layer.source.as_ref().map(ToString::to_string),
-                source_bytes: layer.source_bytes,
-                digest: layer.digest.to_string(),
-                stored_bytes: layer.size_bytes,
-                raw_bytes: layer.raw_bytes,
-                chunks: layer.chunks,
-                existed: layer.existed,
-                reused: layer.reused,
-            })
-            .collect(),
+        metadata_raw_bytes: summary.metadata_raw_bytes,
+        layers: layers.collect(),
     }
 }

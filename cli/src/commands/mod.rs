@@ -2,13 +2,16 @@
 
 mod add;
 mod cache;
+mod check;
 mod convert;
 mod daemon;
 mod docs;
 mod doctor;
 mod events;
+mod export;
 mod fill;
 mod inspect;
+mod local;
 mod ls;
 mod mount_helper;
 mod optimize;
@@ -24,6 +27,7 @@ use ublkimg_driver::daemon::Directories;
 use ublkimg_driver::daemon::protocol::Answer;
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_driver::mounts;
+use ublkimg_registry::descriptor::Platform;
 use ublkimg_registry::{ClientOptions, Location};
 
 use crate::args::{Arguments, Command, Global, RegistryOptions};
@@ -41,6 +45,8 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Ready(command) => ready::run(global, &command),
         Command::Fill(command) => fill::run(global, &command),
         Command::Inspect(command) => inspect::run(&command),
+        Command::Check(command) => check::run(&command),
+        Command::Export(command) => export::run(&command),
         Command::Optimize(command) => optimize::run(&command),
         Command::Trace(command) => trace::run(&command),
         Command::Cache(command) => cache::run(global, &command),
@@ -70,12 +76,19 @@ fn client_options(options: &RegistryOptions) -> ClientOptions {
     ClientOptions { plain_http: options.plain_http, auth_file: options.auth_file.clone(), ..ClientOptions::default() }
 }
 
-/// A reference, a layout's directory made absolute.
+/// A reference, a layout's directory made absolute. No reference begins like a path, so a path is that of a layout.
 fn location(text: &str) -> anyhow::Result<Location> {
-    Ok(match text.parse()? {
+    let is_path = text.starts_with(['/', '.']);
+    let parsed = if is_path { format!("oci:{text}").parse()? } else { text.parse()? };
+    Ok(match parsed {
         Location::Layout { dir, tag } => Location::Layout { dir: absolute(&dir)?, tag },
         other => other,
     })
+}
+
+/// The platform that was asked for, else this machine's.
+fn platform(text: Option<&str>) -> anyhow::Result<Platform> {
+    Ok(text.map(str::parse).transpose()?.unwrap_or_else(Platform::host))
 }
 
 /// An async runtime for commands that speak to registries themselves.

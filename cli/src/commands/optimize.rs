@@ -3,6 +3,7 @@
 use serde::Serialize;
 use ublkimg_convert::{OptimizeOptions, Optimized, Options, optimize};
 use ublkimg_registry::Location;
+use ublkimg_registry::descriptor::Platform;
 
 use crate::args::trace::Optimize;
 use crate::{output, progress};
@@ -42,7 +43,7 @@ pub(super) fn run(command: &Optimize) -> anyhow::Result<()> {
     let defaults = Options::default();
     let options = OptimizeOptions {
         client: super::client_options(&command.registry),
-        platform: defaults.platform,
+        platform: Platform::host(),
         tmpdir: command.tmpdir.clone(),
         level: command.level,
         threads: command.threads.unwrap_or(defaults.threads),

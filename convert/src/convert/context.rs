@@ -1,13 +1,12 @@
-//! What the steps of a conversion share: settings, places, progress, and the news that nobody waits any more.
+//! What the steps of a conversion share: settings, places, progress, and the news that the result is not wanted any more.
 
-use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Options;
 use crate::destination::Destination;
 use crate::error::{Error, ErrorKind, Result};
-use crate::progress::{Phase, Progress, Task};
+use crate::progress::{Progress, Task};
 use crate::reuse::Reuse;
 
 /// What all steps need.
@@ -18,8 +17,7 @@ pub(super) struct Context {
     /// What the layer blobs are marked with.
     pub(super) settings: String,
     pub(super) progress: Arc<dyn Progress>,
-    pub(super) layers: usize,
-    /// Set when nobody waits for the result any more.
+    /// Set when a step failed, or nobody waits for the result any more.
     pub(super) cancelled: Arc<AtomicBool>,
 }
 
@@ -39,13 +37,8 @@ impl Context {
         reuse: Reuse,
         settings: String,
         progress: Arc<dyn Progress>,
-        layers: usize,
     ) -> Self {
-        Self { options, destination, reuse, settings, progress, layers, cancelled: Arc::default() }
-    }
-
-    pub(super) fn task(&self, phase: Phase, layer: usize) -> Task {
-        Task { phase, layer: Some(layer), layers: self.layers }
+        Self { options, destination, reuse, settings, progress, cancelled: Arc::default() }
     }
 
     pub(super) fn check_cancelled(&self) -> Result<()> {
@@ -60,20 +53,5 @@ impl Context {
         self.check_cancelled()?;
         self.progress.advance(task, bytes);
         Ok(())
-    }
-}
-
-/// A source that reports its progress and ends when nobody waits any more.
-pub(super) struct Watched<'a, R> {
-    pub(super) inner: R,
-    pub(super) context: &'a Context,
-    pub(super) task: &'a Task,
-}
-
-impl<R: Read> Read for Watched<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.inner.read(buffer)?;
-        self.context.advance(self.task, count as u64)?;
-        Ok(count)
     }
 }

@@ -1,36 +1,33 @@
-//! What binds the layers together: the metadata blob, the config, the manifest, the index, and last the tag.
+//! What binds the layers of an image together: the metadata blob, the config, the manifest.
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use ublkimg_image::{Bundle, BundledLayer, DeviceSlot, MergeRecord, Sha256, read_tree, write_merged};
-use ublkimg_registry::descriptor::{
-    Descriptor, Index, MEDIA_TYPE_CONFIG, MEDIA_TYPE_INDEX, MEDIA_TYPE_MANIFEST, Platform,
-};
+use ublkimg_registry::descriptor::{Descriptor, MEDIA_TYPE_CONFIG, MEDIA_TYPE_MANIFEST, Platform};
 use ublkimg_registry::erofs_manifest::{ErofsManifest, MetadataRef, OS_FEATURE_EROFS};
 use ublkimg_registry::{BlobSource, Digest};
 
 use super::context::Context;
-use super::{FinishedLayer, LayerSummary, Summary};
+use super::{FinishedLayer, ImageSummary, LayerSummary};
 use crate::background;
 use crate::blob::{Blob, from_image, write_metadata_blob};
 use crate::config::Config;
 use crate::converted_layer::ConvertedLayer;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::frames::Compress;
 use crate::merge::Merge;
 use crate::progress::{Phase, Task};
 
-/// Merges the layers and pushes what makes an image of them; the tag last.
+/// Merges the layers and pushes what makes an image of them. Returns how an index lists it.
 pub(super) async fn finish(
     context: &Arc<Context>,
     config: Config,
     platform: Platform,
     finished: Vec<FinishedLayer>,
-) -> Result<Summary> {
+) -> Result<(Descriptor, ImageSummary)> {
     let (layers, converted): (Vec<LayerSummary>, Vec<ConvertedLayer>) =
         finished.into_iter().map(|finished| (finished.summary, finished.layer)).unzip();
-    let task = Task { phase: Phase::Finish, layer: None, layers: context.layers };
+    let task = Task { phase: Phase::Finish, layer: None, layers: layers.len() };
     context.progress.start(&task, None);
     let (blob, converted, metadata_raw_bytes) = background::run({
         let context = Arc::clone(context);
@@ -42,7 +39,7 @@ pub(super) async fn finish(
     let repository = &context.destination.repository;
     let digests = converted.iter().map(|layer| Sha256(layer.reference.uncompressed_digest.0));
     let config = config.converted(&digests.chain([blob.uncompressed_digest]).collect::<Vec<_>>());
-    let config_descriptor = describe(MEDIA_TYPE_CONFIG, &config);
+    let config_descriptor = Descriptor::of(MEDIA_TYPE_CONFIG, &config);
     let config_size = config_descriptor.size;
     let source = BlobSource::Bytes(config.into());
     repository.push_blob(&config_descriptor.digest, config_size, source, None).await?;
@@ -59,15 +56,13 @@ pub(super) async fn finish(
         annotations: std::collections::BTreeMap::new(),
     };
     let manifest = manifest.to_bytes();
-    let mut listed = describe(MEDIA_TYPE_MANIFEST, &manifest);
+    let mut listed = Descriptor::of(MEDIA_TYPE_MANIFEST, &manifest);
     listed.platform = Some(Platform { os_features: vec![OS_FEATURE_EROFS.to_owned()], ..platform.clone() });
-    let manifest_digest = listed.digest;
-    repository.push_manifest(MEDIA_TYPE_MANIFEST, manifest.into(), None).await?;
-    let index = index_of(listed)?;
-    let digest = repository.push_manifest(MEDIA_TYPE_INDEX, index, context.destination.location.tag()).await?;
+    let manifest_digest = repository.push_manifest(MEDIA_TYPE_MANIFEST, manifest.into(), None).await?;
     context.progress.finish(&task);
     let metadata_bytes = blob.size_bytes;
-    Ok(Summary { digest, manifest: manifest_digest, platform, layers, metadata_bytes, metadata_raw_bytes })
+    let summary = ImageSummary { manifest: manifest_digest, platform, layers, metadata_bytes, metadata_raw_bytes };
+    Ok((listed, summary))
 }
 
 /// The blocking part of [`finish`]: the merged tree as a blob. Also returns the length of the metadata image.
@@ -91,20 +86,4 @@ fn write_metadata(context: &Context, mut converted: Vec<ConvertedLayer>) -> Resu
     let how = Compress { level: context.options.level, threads: context.options.threads };
     let blob = write_metadata_blob(&metadata, &bundle, &context.options.tmpdir, how)?;
     Ok((blob, converted, metadata.len() as u64))
-}
-
-fn describe(media_type: &str, bytes: &[u8]) -> Descriptor {
-    Descriptor::new(media_type, Digest::of(bytes), bytes.len() as u64)
-}
-
-fn index_of(manifest: Descriptor) -> Result<Bytes> {
-    let index = Index {
-        schema_version: 2,
-        media_type: Some(MEDIA_TYPE_INDEX.to_owned()),
-        manifests: vec![manifest],
-        annotations: std::collections::BTreeMap::new(),
-    };
-    let bytes =
-        serde_json::to_vec(&index).map_err(|error| Error::new(ErrorKind::Io, "image index").with_source(error))?;
-    Ok(bytes.into())
 }

@@ -10,7 +10,14 @@ use crate::converted_layer::ConvertedLayer;
 pub struct Summary {
     /// Digest of the image index, which the tag points at.
     pub digest: Digest,
-    /// Digest of the manifest in it.
+    /// The converted images in it: one, unless all platforms were asked for.
+    pub images: Vec<ImageSummary>,
+}
+
+/// One image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageSummary {
+    /// Digest of its manifest.
     pub manifest: Digest,
     /// What the image is for.
     pub platform: Platform,

@@ -8,15 +8,15 @@ use ublkimg_registry::erofs_manifest::LayerRef;
 use ublkimg_registry::{Digest, Repository};
 
 use crate::background;
-use crate::blob::from_image;
+use crate::blob::from_stored;
 use crate::chunk::{decode_chunk, decompressor};
 use crate::error::{Error, Result};
 
 /// Longest merge record that is read, in bytes: a million directories without entries of their own.
-pub(super) const RECORD_BYTES_MAX: u64 = 64 << 20;
+pub(crate) const RECORD_BYTES_MAX: u64 = 64 << 20;
 
 /// Longest metadata of one layer that is read, in bytes: five million files.
-pub(super) const METADATA_BYTES_MAX: u64 = 1 << 30;
+pub(crate) const METADATA_BYTES_MAX: u64 = 1 << 30;
 
 /// Merge record and metadata of a layer blob, in two requests where its metadata has more than one chunk, else in one.
 ///
@@ -37,7 +37,7 @@ pub(super) async fn read_start(
     }
     let bytes = repository.blob_range(&reference.digest, 0..first.stored.end).await?;
     let (record, frame) = bytes.split_at(usize::try_from(first.stored.start).unwrap_or(usize::MAX).min(bytes.len()));
-    let record = skippable_payload(SkippableKind::Ublkimg, record).map_err(from_image)?.to_vec();
+    let record = skippable_payload(SkippableKind::Ublkimg, record).map_err(from_stored)?.to_vec();
     if Digest::of(&record) != record_digest {
         return Err(Error::damaged("the merge record has another digest than the manifest says"));
     }
@@ -66,7 +66,7 @@ pub(super) async fn read_start(
 
 /// The chunks that hold the metadata: no chunk holds metadata and data.
 fn metadata_chunks(record: &[u8], index: &ChunkIndex) -> Result<Vec<Chunk>> {
-    let record = MergeRecord::decode(record).map_err(from_image)?;
+    let record = MergeRecord::decode(record).map_err(from_stored)?;
     let len_bytes = u64::from(record.metadata_blocks) * BLOCK_SIZE as u64;
     if len_bytes > METADATA_BYTES_MAX {
         return Err(Error::unsupported(format!("a layer with {len_bytes} bytes of metadata")));

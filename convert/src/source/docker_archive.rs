@@ -54,5 +54,5 @@ pub(super) fn open(file: &Path, platform: &Platform) -> Result<Image> {
         })
     };
     let layers = names.iter().enumerate().map(layer).collect::<Result<_>>()?;
-    Ok(Image { platform: config.platform(platform), config, layers })
+    Ok(Image { platform: config.platform(platform), config, layers, original: None })
 }

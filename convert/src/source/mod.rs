@@ -14,12 +14,14 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use tokio_util::io::SyncIoBridge;
 use ublkimg_image::Sha256;
-use ublkimg_registry::descriptor::Platform;
+use ublkimg_registry::descriptor::{Descriptor, Platform};
 use ublkimg_registry::erofs_manifest::LayerRef;
 use ublkimg_registry::{ClientOptions, Digest, Location, Repository};
 
+use crate::background;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use archive::FileRange;
@@ -35,6 +37,16 @@ pub enum Source {
     DockerArchive(PathBuf),
     /// A directory; becomes an image of one layer without settings.
     Directory(PathBuf),
+}
+
+impl Source {
+    /// The place of an image that is neither an archive nor a directory.
+    pub(crate) fn location(&self) -> Option<&Location> {
+        match self {
+            Self::Location(location) => Some(location),
+            _ => None,
+        }
+    }
 }
 
 impl FromStr for Source {
@@ -73,6 +85,50 @@ pub(crate) struct Image {
     pub(crate) platform: Platform,
     /// Base first.
     pub(crate) layers: Vec<SourceLayer>,
+    /// The image as the source has it; none for what has no manifest.
+    pub(crate) original: Option<Original>,
+}
+
+/// Which images of a source are wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Platforms {
+    /// The one for this platform.
+    One(Platform),
+    /// All for Linux.
+    All,
+}
+
+/// Most images of one source that are converted together: more than there are platforms.
+const IMAGES_MAX: usize = 32;
+
+/// An image's manifest and config, byte for byte.
+#[derive(Debug)]
+pub(crate) struct Original {
+    /// The manifest as an index lists it, with a platform.
+    pub(crate) descriptor: Descriptor,
+    pub(crate) manifest: Bytes,
+    pub(crate) config: Descriptor,
+    pub(crate) config_bytes: Vec<u8>,
+}
+
+impl Image {
+    fn of_manifest(
+        mut descriptor: Descriptor,
+        manifest: Bytes,
+        (config, config_bytes): (Descriptor, Vec<u8>),
+        parsed: Config,
+        platforms: &Platforms,
+        layers: Vec<SourceLayer>,
+    ) -> Self {
+        let default = match platforms {
+            Platforms::One(platform) => platform.clone(),
+            Platforms::All => Platform::host(),
+        };
+        // The index knows the variant too.
+        let platform = descriptor.platform.get_or_insert_with(|| parsed.platform(&default)).clone();
+        let original = Some(Original { descriptor, manifest, config, config_bytes });
+        Self { config: parsed, platform, layers, original }
+    }
 }
 
 /// A layer to read.
@@ -146,31 +202,43 @@ impl SourceLayer {
     }
 }
 
-/// Opens an image and reads its manifest and config; layers are not read yet.
+/// Opens the images of a source and reads their manifests and configs; layers are not read yet. There is one, unless all
+/// platforms were asked for; archives of `docker save` and directories never have more.
 ///
 /// # Errors
 /// `NotFound`, `Unsupported`, `BadSource`, `VerificationFailed`, those of the registry, and `Io`.
-pub(crate) async fn open(source: &Source, options: &ClientOptions, platform: &Platform) -> Result<Image> {
-    let platform = platform.clone();
+pub(crate) async fn open(source: &Source, options: &ClientOptions, platforms: &Platforms) -> Result<Vec<Image>> {
+    let default = match platforms {
+        Platforms::One(platform) => platform.clone(),
+        Platforms::All => Platform::host(),
+    };
     match source {
-        Source::Location(location) => repository::open(location, options, &platform).await,
-        Source::OciArchive(file) => in_background(file, move |file| oci_archive::open(file, &platform)).await,
-        Source::DockerArchive(file) => in_background(file, move |file| docker_archive::open(file, &platform)).await,
-        Source::Directory(path) => Ok(Image {
-            config: Config::empty(&platform),
-            platform,
+        Source::Location(location) => repository::open(location, options, platforms).await,
+        Source::OciArchive(file) => {
+            let platforms = platforms.clone();
+            in_background(file, move |file| oci_archive::open(file, &platforms)).await
+        }
+        Source::DockerArchive(file) => {
+            in_background(file, move |file| Ok(vec![docker_archive::open(file, &default)?])).await
+        }
+        Source::Directory(path) => Ok(vec![Image {
+            config: Config::empty(&default),
+            platform: default,
             layers: vec![SourceLayer {
                 digest: None,
                 diff_id: None,
                 size_bytes: None,
                 content: LayerContent::Directory(path.clone()),
             }],
-        }),
+            original: None,
+        }]),
     }
 }
 
-async fn in_background(file: &Path, open: impl FnOnce(&Path) -> Result<Image> + Send + 'static) -> Result<Image> {
+async fn in_background<W>(file: &Path, open: W) -> Result<Vec<Image>>
+where
+    W: FnOnce(&Path) -> Result<Vec<Image>> + Send + 'static,
+{
     let file = file.to_owned();
-    let opened = tokio::task::spawn_blocking(move || open(&file).map_err(|error| error.within(file.display())));
-    opened.await.map_err(|error| Error::new(ErrorKind::Io, "reading the archive").with_source(error))?
+    background::run(move || open(&file).map_err(|error| error.within(file.display()))).await?
 }

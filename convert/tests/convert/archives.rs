@@ -69,8 +69,8 @@ async fn a_docker_archive_with_a_linked_layer() {
 
     let source = format!("docker-archive:{path}/saved.tar");
     let summary = run(&source, &format!("oci:{path}/converted:v1")).await.unwrap();
-    assert_eq!(summary.layers.len(), 3);
-    assert_eq!(summary.layers[0].digest, summary.layers[2].digest);
+    assert_eq!(summary.images[0].layers.len(), 3);
+    assert_eq!(summary.images[0].layers[0].digest, summary.images[0].layers[2].digest);
 
     // The layers in the wrong order do not have the digests of the config.
     fs::write(saved.join("manifest.json"), images(["2/layer.tar", "1/layer.tar", "3/layer.tar"])).unwrap();

@@ -53,7 +53,7 @@ async fn three_layers_of_all_compressions_make_the_same_tree_as_tar_does() {
     let destination = format!("oci:{}/converted:v1", dir.path().display());
     fixture::push_image(&source, &layers).await;
     let summary = run(&source, &destination).await.unwrap();
-    assert_eq!(summary.layers.len(), 3);
+    assert_eq!(summary.images[0].layers.len(), 3);
 
     let flat = exported(&destination).await;
     fixture::fsck(flat.path());
@@ -67,7 +67,7 @@ async fn three_layers_of_all_compressions_make_the_same_tree_as_tar_does() {
 /// Each blob is an image of its own for `zstd -d` and the kernel.
 async fn check_layer_blobs(location: &str, summary: &Summary) {
     let repository = repository(location).await;
-    for layer in &summary.layers {
+    for layer in &summary.images[0].layers {
         let dir = tempfile::tempdir().unwrap();
         let mut reader = repository.blob(&layer.digest, layer.size_bytes).await.unwrap();
         let mut blob = tokio::fs::File::create(dir.path().join("blob.zst")).await.unwrap();
@@ -94,7 +94,7 @@ async fn a_directory_becomes_the_same_tree() {
     fixture::base_tree(&root);
     let destination = format!("oci:{}/converted:v1", dir.path().display());
     let summary = run(&format!("dir:{}", root.display()), &destination).await.unwrap();
-    assert_eq!((summary.layers.len(), summary.layers[0].source), (1, None));
+    assert_eq!((summary.images[0].layers.len(), summary.images[0].layers[0].source), (1, None));
     let flat = exported(&destination).await;
     fixture::fsck(flat.path());
     fixture::with_mount(flat.path(), |mounted| {
@@ -109,6 +109,6 @@ async fn an_image_without_layers_is_an_empty_root() {
     let destination = format!("oci:{}/converted:v1", dir.path().display());
     fixture::push_image(&source, &[]).await;
     let summary = run(&source, &destination).await.unwrap();
-    assert!(summary.layers.is_empty());
+    assert!(summary.images[0].layers.is_empty());
     fixture::fsck(exported(&destination).await.path());
 }

@@ -71,10 +71,10 @@ fn jumping(image: &StoredImage, command: &str) -> Trace {
 }
 
 fn options() -> OptimizeOptions {
-    let Options { client, platform, tmpdir, threads, .. } = Options::default();
+    let Options { client, tmpdir, threads, .. } = Options::default();
     OptimizeOptions {
         client,
-        platform,
+        platform: ublkimg_registry::descriptor::Platform::host(),
         tmpdir,
         level: 3,
         threads,

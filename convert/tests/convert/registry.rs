@@ -65,7 +65,7 @@ async fn from_registry_to_registry() {
     assert_eq!(pushed.digest, local.digest);
     let again = run(&source, &format!("{host}/converted:v2")).await.unwrap();
     assert_eq!(again.digest, pushed.digest);
-    assert!(again.layers.iter().all(|layer| layer.existed));
+    assert!(again.images[0].layers.iter().all(|layer| layer.existed));
     fixture::fsck(exported(&destination).await.path());
 
     let error = run(&format!("{host}/source:nothing"), &destination).await.unwrap_err();

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use ublkimg_convert::Options;
+use ublkimg_convert::{Options, Platforms};
 
 use crate::{fixture, run_with};
 
@@ -33,13 +33,13 @@ async fn the_same_image_has_the_same_digest_however_many_threads() {
     let destination = format!("oci:{}/1:again", dir.path().display());
     let again = run_with(&source, &destination, &Options::default()).await.unwrap();
     assert_eq!(again.digest, summaries[0].digest);
-    assert!(again.layers.iter().all(|layer| layer.existed));
+    assert!(again.images[0].layers.iter().all(|layer| layer.existed));
 
     // Other settings are other bytes, but the same tree.
     let destination = format!("oci:{}/level:v1", dir.path().display());
     let other = run_with(&source, &destination, &Options { level: 9, ..Options::default() }).await.unwrap();
     assert_ne!(other.digest, summaries[0].digest);
-    assert_eq!(other.metadata_raw_bytes, summaries[0].metadata_raw_bytes);
+    assert_eq!(other.images[0].metadata_raw_bytes, summaries[0].images[0].metadata_raw_bytes);
 }
 
 /// The digests below are part of the format: whoever converted before and converts again must get the same blobs. Change
@@ -65,10 +65,11 @@ async fn digests_are_pinned() {
         fixture::sha256(&upper)
     );
     fixture::push_layers(&source, &[(fixture::TAR, base), (fixture::TAR, upper)], config.as_bytes()).await;
-    let platform = "linux/amd64".parse().unwrap();
+    let platforms = Platforms::One("linux/amd64".parse().unwrap());
     let destination = format!("oci:{}/converted:v1", dir.path().display());
-    let converted = run_with(&source, &destination, &Options { platform, ..Options::default() }).await.unwrap();
-    let digests = converted.layers.iter().map(|layer| layer.digest).chain([converted.manifest]);
+    let converted = run_with(&source, &destination, &Options { platforms, ..Options::default() }).await.unwrap();
+    let image = &converted.images[0];
+    let digests = image.layers.iter().map(|layer| layer.digest).chain([image.manifest]);
     let expected = [
         "sha256:222d05c42f96c4bec1f2d3bc262935abbfd96e052639bc4c500173f1ee2ca1fd",
         "sha256:6d0b41eda8ddcea8b5e127333518db66d0477d3d444125dd5882c1f04fb7b1ce",

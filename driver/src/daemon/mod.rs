@@ -27,6 +27,7 @@ mod server;
 mod start;
 pub mod state;
 
+pub use names::from_reference as device_name;
 pub use server::{ServerOptions, run_server};
 
 use std::path::{Path, PathBuf};

@@ -22,7 +22,8 @@ pub(super) fn check(name: &str) -> Result<()> {
 
 /// The name of a device that the user did not name: the last part of the reference with every other character
 /// replaced, `app/web:1.2` → `web-1.2`. The same reference always gives the same name, so `add` can be repeated.
-pub(super) fn from_reference(reference: &str) -> String {
+#[must_use]
+pub fn from_reference(reference: &str) -> String {
     let last = reference.trim_end_matches('/').rsplit('/').next().unwrap_or(reference);
     let mut name: String =
         last.chars().map(|c| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' }).collect();

@@ -154,3 +154,21 @@ fn what_refers_to_an_image_does_not_make_the_layout_ambiguous() {
     fs::remove_file(layout.blob_path(&other)).unwrap();
     assert_eq!(layout.referrers(&image, None).unwrap().len(), 1);
 }
+
+#[test]
+fn what_a_killed_process_left_is_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = Layout::new(dir.path(), Some("v1"));
+    layout.push_manifest("m", &Bytes::from_static(b"{}"), Some("v1")).unwrap();
+    let half = [dir.path().join(".ublkimg-1-0.tmp"), dir.path().join("blobs/sha256/.ublkimg-999999-7.tmp")];
+    half.iter().for_each(|path| fs::write(path, "half").unwrap());
+    // Killed when it had its name: it is the file that carries the lock.
+    let whole = dir.path().join(".ublkimg-1-1.tmp");
+    fs::hard_link(dir.path().join(VERSION_FILE), &whole).unwrap();
+    let under_way = Temporary::create(dir.path()).unwrap();
+    layout.push_manifest("m", &Bytes::from_static(b"{ }"), Some("v1")).unwrap();
+    assert!(half.iter().chain([&whole]).all(|path| !path.exists()));
+    assert!(dir.path().join(VERSION_FILE).exists());
+    under_way.persist(&dir.path().join("done")).unwrap();
+    assert!(dir.path().join("done").exists());
+}

@@ -29,6 +29,7 @@ const PROGRESS_CHECK: Duration = Duration::from_millis(250);
 const FILE_READ_BYTES: usize = 256 << 10;
 /// An upload that failed is called off, if that takes no longer than this: registries drop what was forgotten after days.
 const CALL_OFF_TIME: Duration = Duration::from_secs(2);
+const CALL_OFF_PAUSE: Duration = Duration::from_millis(100);
 
 /// A registry that keeps the referrers of a manifest's subject says so (distribution spec, "Pushing Manifests with Subject").
 const SUBJECT_HEADER: HeaderName = HeaderName::from_static("oci-subject");
@@ -152,11 +153,18 @@ impl Remote {
         }
     }
 
-    /// Tells the registry that nothing more comes. What it answers changes nothing.
+    /// Tells the registry that nothing more comes. What it answers changes nothing; but a registry that refused an upload
+    /// often ends the connection too, so it is told again until it answers.
     async fn call_off(&self, place: &Url, scope: &Scope) {
-        if self.transport.is_registry(place) {
-            let _ = timeout(CALL_OFF_TIME, self.call(Method::DELETE, place, empty(), None, scope)).await;
+        if !self.transport.is_registry(place) {
+            return;
         }
+        let told = async {
+            while self.call(Method::DELETE, place, empty(), None, scope).await.is_err() {
+                sleep(CALL_OFF_PAUSE).await;
+            }
+        };
+        let _ = timeout(CALL_OFF_TIME, told).await;
     }
 
     async fn send_blob(
