@@ -388,9 +388,9 @@ fn an_interrupted_run_leaves_nothing() {
         .unwrap();
     wait_until("the container runs", || {
         // The recorder's own command line ends with the same words.
-        leaks::processes_of(host.root.path()).iter().any(|process| {
-            process.split_once(' ').is_some_and(|(_id, command)| command == "/bin/sleep 60")
-        })
+        leaks::processes_of(host.root.path())
+            .iter()
+            .any(|process| process.split_once(' ').is_some_and(|(_id, command)| command == "/bin/sleep 60"))
     });
     assert!(Command::new("kill").args(["-INT", &record.id().to_string()]).status().unwrap().success());
     let ended = record.wait().unwrap();
