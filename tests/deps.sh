@@ -13,7 +13,7 @@ needed=(
 )
 # Without these some tests are skipped, so a machine whose archive lacks one can still run the others.
 wanted=(
-  qemu-system-x86_64:qemu-system-x86 busybox:busybox-static docker-registry:docker-registry umoci:umoci
+  qemu-system-x86_64:qemu-system-x86 busybox:busybox-static docker-registry:docker-registry umoci:umoci crun:crun
   /usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
 )
 

@@ -1,6 +1,8 @@
 //! The command line, as clap derives it; help texts, man pages and completions come from here.
 
+pub(crate) mod bundle;
 pub(crate) mod cache;
+pub(crate) mod hook;
 pub(crate) mod trace;
 
 use std::path::PathBuf;
@@ -54,7 +56,9 @@ pub(crate) enum Command {
     Convert(Convert),
     /// Attach an image as a block device, and mount it
     Add(Add),
-    /// Unmount and remove a device
+    /// Make a bundle for runc or crun of an image: attached, with a writable root and a configuration
+    Bundle(bundle::Bundle),
+    /// Unmount and remove a device, and the root and bundle that were made over it
     Rm(Rm),
     /// List the devices
     Ls(Ls),
@@ -82,12 +86,17 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Run the daemon that serves the devices (`add` starts it when needed)
     Daemon(Daemon),
+    /// Be an OCI hook: mount images in containers, as their annotations say
+    Hook(hook::Hook),
     /// Write man pages and shell completions
     #[command(hide = true)]
     Docs(Docs),
     /// Mount or unmount in a process that may be killed
     #[command(hide = true, name = "mount-helper")]
     MountHelper(MountHelper),
+    /// Put a mount into a container that is being made
+    #[command(hide = true, name = "mount-into")]
+    MountInto(hook::MountInto),
 }
 
 /// How registries are spoken to.
@@ -152,12 +161,30 @@ pub(crate) struct Add {
     /// removed when newer ones come
     #[arg(long)]
     pub(crate) convert: bool,
-    /// Name of the device (default: made of the reference)
-    #[arg(long)]
-    pub(crate) name: Option<String>,
+    #[command(flatten)]
+    pub(crate) attach: AttachArguments,
     /// Mount the file system here, read-only; the directory is made if it is missing
     #[arg(long, value_name = "DIR")]
     pub(crate) mount: Option<PathBuf>,
+    /// Make the mount writable: an overlay, whose changes go into UPPER, or into memory if that is not given
+    #[arg(long, value_name = "UPPER", num_args = 0..=1, require_equals = true, requires = "mount")]
+    pub(crate) overlay: Option<Option<PathBuf>>,
+    #[command(flatten)]
+    pub(crate) start: StartArguments,
+    /// Return only when the whole image is on this host; fetches at full rate
+    #[arg(long, value_enum, value_name = "FOR")]
+    pub(crate) wait: Option<WaitArgument>,
+    /// Print the device as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How an image is attached.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct AttachArguments {
+    /// Name of the device (default: made of the reference)
+    #[arg(long)]
+    pub(crate) name: Option<String>,
     /// How the device is served: ublk survives a crash of the daemon, fuse does not
     #[arg(long, value_enum, default_value_t = TransportArgument::Auto)]
     pub(crate) transport: TransportArgument,
@@ -170,22 +197,14 @@ pub(crate) struct Add {
     /// What becomes of it then: it fails, and the next read tries afresh, or it goes on waiting
     #[arg(long, value_enum, default_value_t = OnTimeout::Eio, value_name = "WHAT")]
     pub(crate) on_timeout: OnTimeout,
-    #[command(flatten)]
-    pub(crate) start: StartArguments,
     /// Do not keep the order of the first run on this host; without a published profile it is kept for the next `add`
     #[arg(long)]
     pub(crate) no_record: bool,
     /// Fetch what nobody asked for: not at all, when the link is idle, or at full rate
     #[arg(long, value_enum, default_value_t = FillArgument::Off, value_name = "MODE")]
     pub(crate) fill: FillArgument,
-    /// Return only when the whole image is on this host; fetches at full rate
-    #[arg(long, value_enum, value_name = "FOR")]
-    pub(crate) wait: Option<WaitArgument>,
     #[command(flatten)]
     pub(crate) registry: RegistryOptions,
-    /// Print the device as JSON
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

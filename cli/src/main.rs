@@ -3,9 +3,12 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod bundle;
 mod commands;
 mod exit;
+mod lease;
 mod output;
+mod overlay;
 mod progress;
 mod svg;
 

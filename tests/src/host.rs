@@ -3,15 +3,18 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 
 use crate::command::{Outcome, ublkimg};
 use crate::leaks;
+use crate::oci_layout::{Compression, Layer, OciLayout};
 use crate::registry::{Auth, Config, TestRegistry};
-use crate::sample_image::SampleImage;
+use crate::sample_image::{SampleImage, noise};
 use crate::skip;
+use crate::tar::{Entry, LongNames, archive};
 use crate::temp_root::TempRoot;
 
 /// Why devices cannot be tested here.
@@ -55,6 +58,36 @@ impl Host {
         SampleImage::default().write_layout(&host.root.join("source"), "v1").unwrap();
         host.convert("source", "sample");
         host
+    }
+
+    /// With an image that runc can run, as `shell:v1`: busybox and a file `data` of 1 MiB.
+    ///
+    /// # Errors
+    /// Why there is none here.
+    pub fn with_shell() -> Result<Self, &'static str> {
+        if let Some(reason) = lacking() {
+            return Err(reason);
+        }
+        if !std::fs::read_to_string("/proc/filesystems").is_ok_and(|types| types.contains("\toverlay\n")) {
+            return Err("this kernel has no overlayfs");
+        }
+        if Command::new("runc").arg("--version").stdout(Stdio::null()).status().is_err() {
+            return Err("there is no runc");
+        }
+        let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find_map(|path| std::fs::read(path).ok());
+        let Some(busybox) = busybox else { return Err("there is no busybox") };
+        let host = Self::new(Auth::Anonymous);
+        let links = ["sh", "cat", "sleep"].map(|name| Entry::symlink(&format!("bin/{name}"), "busybox"));
+        let mut entries = vec![
+            Entry::file("bin/busybox", busybox).mode(0o755),
+            Entry::file("data", noise(3, 1 << 20)),
+            Entry::file("etc/passwd", "root:x:0:0::/:/bin/sh\n"),
+        ];
+        entries.extend(links);
+        let layers = [Layer { tar: archive(&entries, LongNames::Pax), compression: Compression::None }];
+        OciLayout::create(&host.root.join("source")).unwrap().add_image("v1", &layers).unwrap();
+        host.convert("source", "shell");
+        Ok(host)
     }
 
     /// Converts the image of the layout `layout` below the root, and serves it as `repository:v1`.

@@ -280,36 +280,9 @@ fn a_full_image_needs_no_registry() {
     host.end();
 }
 
-/// A host with an image of a shell and a file, as `shell:v1`; or why there is none.
-fn host_with_shell() -> Result<Host, &'static str> {
-    if let Some(reason) = host::lacking() {
-        return Err(reason);
-    }
-    if !std::fs::read_to_string("/proc/filesystems").is_ok_and(|types| types.contains("\toverlay\n")) {
-        return Err("this kernel has no overlayfs");
-    }
-    if Command::new("runc").arg("--version").stdout(Stdio::null()).status().is_err() {
-        return Err("there is no runc");
-    }
-    let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find_map(|path| std::fs::read(path).ok());
-    let Some(busybox) = busybox else { return Err("there is no busybox") };
-    let host = Host::new(Auth::Anonymous);
-    let links = ["sh", "cat", "sleep"].map(|name| Entry::symlink(&format!("bin/{name}"), "busybox"));
-    let mut entries = vec![
-        Entry::file("bin/busybox", busybox).mode(0o755),
-        Entry::file("data", noise(3, 1 << 20)),
-        Entry::file("etc/passwd", "root:x:0:0::/:/bin/sh\n"),
-    ];
-    entries.extend(links);
-    let layers = [Layer { tar: archive(&entries, LongNames::Pax), compression: Compression::None }];
-    OciLayout::create(&host.root.join("source")).unwrap().add_image("v1", &layers).unwrap();
-    host.convert("source", "shell");
-    Ok(host)
-}
-
 #[test]
 fn one_run_of_an_image_is_recorded_and_leaves_nothing() {
-    let host = match host_with_shell() {
+    let host = match Host::with_shell() {
         Ok(host) => host,
         Err(reason) => skip!("{reason}"),
     };
@@ -340,7 +313,7 @@ fn one_run_of_an_image_is_recorded_and_leaves_nothing() {
 
 #[test]
 fn a_server_is_ready_when_it_answers() {
-    let host = match host_with_shell() {
+    let host = match Host::with_shell() {
         Ok(host) => host,
         Err(reason) => skip!("{reason}"),
     };
@@ -372,25 +345,28 @@ fn a_server_is_ready_when_it_answers() {
 
 #[test]
 fn an_interrupted_run_leaves_nothing() {
-    let host = match host_with_shell() {
+    let host = match Host::with_shell() {
         Ok(host) => host,
         Err(reason) => skip!("{reason}"),
     };
     let reference = host.registry.reference("shell", "v1");
     let file = host.root.join("run.trace");
+    let seconds = (100_000 + std::process::id()).to_string();
     let mut record = Command::new(ublkimg_path())
         .env("UBLKIMG_ROOT", host.root.join("store"))
         .env("UBLKIMG_RUN_DIR", host.root.join("run"))
-        .args(["record", &reference, "-o", file.to_str().unwrap(), "--", "/bin/sleep", "60"])
+        .args(["record", &reference, "-o", file.to_str().unwrap(), "--", "/bin/sleep", &seconds])
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
+    // Its mounts are in another namespace, so only its command line tells that it is ours.
+    let command = format!("/bin/sleep\0{seconds}\0");
     wait_until("the container runs", || {
-        // The recorder's own command line ends with the same words.
-        leaks::processes_of(host.root.path())
-            .iter()
-            .any(|process| process.split_once(' ').is_some_and(|(_id, command)| command == "/bin/sleep 60"))
+        let processes = std::fs::read_dir("/proc").unwrap().flatten();
+        processes
+            .filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok())
+            .any(|line| line == command.as_bytes())
     });
     assert!(Command::new("kill").args(["-INT", &record.id().to_string()]).status().unwrap().success());
     let ended = record.wait().unwrap();

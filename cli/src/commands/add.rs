@@ -15,8 +15,9 @@ use ublkimg_driver::device::Transport;
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_driver::mounts;
 
+use super::root::{self, Root};
 use super::{daemon, fill, local, mount_helper};
-use crate::args::{Add, FillArgument, Global, OnTimeout, TransportArgument};
+use crate::args::{Add, AttachArguments, FillArgument, Global, OnTimeout, TransportArgument};
 use crate::output;
 
 /// A mount reads the superblock and the root, which are in the store: more time than this means that something hangs.
@@ -39,9 +40,17 @@ pub(super) fn run(global: &Global, command: &Add) -> anyhow::Result<()> {
     if command.convert {
         let reference = super::location(&command.reference)?;
         request.name.get_or_insert_with(|| device_name(&request.reference));
-        request.reference = local::convert_here(&directories, &reference, &command.registry)?.to_string();
+        request.reference = local::convert_here(&directories, &reference, &command.attach.registry)?.to_string();
     }
-    let attached = attach(global, &directories, request, command.mount.as_deref(), command.timeout);
+    let target = match (&command.mount, &command.overlay) {
+        (None, _) => Target::None,
+        (Some(directory), None) => Target::Directory(directory),
+        (Some(directory), Some(upper)) => {
+            let upper = upper.as_deref().map(super::absolute).transpose()?;
+            Target::Root(Root { directory, config: None, upper })
+        }
+    };
+    let attached = attach(global, &directories, request, &target, command.attach.timeout);
     let (device, mount) = attached.map_err(|error| with_way_out(error, command))?;
     if command.wait.is_some() {
         fill::wait(&directories, &device.name)?;
@@ -61,13 +70,21 @@ fn with_way_out(error: anyhow::Error, command: &Add) -> anyhow::Error {
     }
 }
 
+/// Where an image is mounted.
+pub(super) enum Target<'a> {
+    None,
+    Directory(&'a Path),
+    /// Under a writable root.
+    Root(Root<'a>),
+}
+
 /// Attaches an image, starting the daemon if there is none, and mounts it. A device that this made is taken back when it
 /// cannot be mounted.
 pub(super) fn attach(
     global: &Global,
     directories: &Directories,
     request: AddRequest,
-    directory: Option<&Path>,
+    target: &Target<'_>,
     timeout: Duration,
 ) -> anyhow::Result<(DeviceStatus, Option<PathBuf>)> {
     let deadline = Instant::now() + timeout;
@@ -82,8 +99,12 @@ pub(super) fn attach(
         );
     }
     let remaining = deadline.saturating_duration_since(Instant::now()).max(MOUNT_MIN_TIMEOUT);
-    let mount = directory.map(|directory| mount_at(directories, &device, directory, remaining));
-    match mount.transpose() {
+    let mounted = match target {
+        Target::None => Ok(None),
+        Target::Directory(directory) => mount_at(directories, &device, directory, remaining).map(Some),
+        Target::Root(wanted) => root::mount(directories, &device, wanted, remaining).map(Some),
+    };
+    match mounted {
         Ok(mount) => Ok((*device, mount)),
         Err(error) => {
             if created {
@@ -96,22 +117,27 @@ pub(super) fn attach(
 }
 
 fn add_request(command: &Add) -> anyhow::Result<AddRequest> {
+    let start = StartOptions {
+        profile: profile(&command.start.profile)?,
+        command: command.start.command.clone(),
+        record: !command.attach.no_record,
+        read_ahead_kb: command.start.read_ahead_kb,
+        fill: if command.wait.is_some() { FillMode::Full } else { fill_mode(command.attach.fill) },
+    };
+    request(&command.reference, &command.attach, start)
+}
+
+pub(super) fn request(reference: &str, attach: &AttachArguments, start: StartOptions) -> anyhow::Result<AddRequest> {
     Ok(AddRequest {
-        reference: super::location(&command.reference)?.to_string(),
-        name: command.name.clone(),
-        transport: transport(command.transport),
-        plain_http: command.registry.plain_http,
-        auth_file: command.registry.auth_file.as_deref().map(super::absolute).transpose()?,
-        attach_timeout_ms: milliseconds(command.timeout),
-        read_timeout_ms: milliseconds(command.io_timeout),
-        holds_reads: command.on_timeout == OnTimeout::Hold,
-        start: StartOptions {
-            profile: profile(&command.start.profile)?,
-            command: command.start.command.clone(),
-            record: !command.no_record,
-            read_ahead_kb: command.start.read_ahead_kb,
-            fill: if command.wait.is_some() { FillMode::Full } else { fill_mode(command.fill) },
-        },
+        reference: super::location(reference)?.to_string(),
+        name: attach.name.clone(),
+        transport: transport(attach.transport),
+        plain_http: attach.registry.plain_http,
+        auth_file: attach.registry.auth_file.as_deref().map(super::absolute).transpose()?,
+        attach_timeout_ms: milliseconds(attach.timeout),
+        read_timeout_ms: milliseconds(attach.io_timeout),
+        holds_reads: attach.on_timeout == OnTimeout::Hold,
+        start,
     })
 }
 
@@ -154,7 +180,7 @@ pub(super) fn milliseconds(time: Duration) -> u64 {
 }
 
 /// Mounts the device, unless it is mounted there already; gives the mount point as the mount table has it.
-fn mount_at(
+pub(super) fn mount_at(
     directories: &Directories,
     device: &DeviceStatus,
     directory: &Path,
@@ -192,7 +218,7 @@ fn mount_once(
 }
 
 /// Makes the mount point if it is missing; tells whether it did.
-fn make_directory(directory: &Path) -> anyhow::Result<bool> {
+pub(super) fn make_directory(directory: &Path) -> anyhow::Result<bool> {
     if directory.is_dir() {
         return Ok(false);
     }

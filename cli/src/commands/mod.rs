@@ -1,6 +1,7 @@
 //! One module a command.
 
 mod add;
+mod bundle;
 mod cache;
 mod check;
 mod convert;
@@ -10,14 +11,18 @@ mod doctor;
 mod events;
 mod export;
 mod fill;
+mod hook;
+mod image_config;
 mod inspect;
 mod local;
 mod ls;
 mod mount_helper;
+mod mount_into;
 mod optimize;
 mod ready;
 mod record;
 mod rm;
+mod root;
 mod status;
 mod trace;
 
@@ -38,6 +43,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command {
         Command::Convert(command) => convert::run(&command),
         Command::Add(command) => add::run(global, &command),
+        Command::Bundle(command) => bundle::run(global, &command),
         Command::Rm(command) => rm::run(global, &command),
         Command::Ls(command) => ls::run(global, &command),
         Command::Status(command) => status::run(global, &command),
@@ -53,6 +59,8 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Doctor(command) => doctor::run(&command),
         Command::Daemon(command) => daemon::run(global, &command),
         Command::Docs(command) => docs::run(&command),
+        Command::Hook(command) => hook::run(global, &command),
+        Command::MountInto(command) => mount_into::run(&command),
         Command::MountHelper(command) => mount_helper::run(&command),
     }
 }

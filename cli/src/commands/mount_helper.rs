@@ -46,8 +46,16 @@ pub(super) fn unmount(directory: &Path, detach: bool, timeout: Duration) -> anyh
 }
 
 fn help<'a>(arguments: impl IntoIterator<Item = &'a OsStr>, what: &str, timeout: Duration) -> anyhow::Result<()> {
+    run_own(std::iter::once("mount-helper".as_ref()).chain(arguments), what, timeout)
+}
+
+/// Runs a command of this program, within `timeout`; an error says what it was about, or what the command said.
+pub(super) fn run_own<S: AsRef<OsStr>>(
+    arguments: impl IntoIterator<Item = S>,
+    what: &str,
+    timeout: Duration,
+) -> anyhow::Result<()> {
     let mut child = Command::new(std::env::current_exe()?)
-        .arg("mount-helper")
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -1,4 +1,4 @@
-//! `ublkimg rm`: unmount, stop, delete, in that order.
+//! `ublkimg rm`: unmount, stop, delete, in that order; what `--overlay` and `bundle` made over the image goes first.
 //!
 //! Mounts in the caller's mount namespace are unmounted. A mount that is in use, one in another mount namespace, or a
 //! file system stacked on top (overlayfs) refuses the removal, unless `--force` is given. What is in use is looked at
@@ -15,6 +15,8 @@ use ublkimg_driver::mounts;
 
 use super::{daemon, mount_helper, status};
 use crate::args::{Global, Rm};
+use crate::lease::Leases;
+use crate::overlay::Place;
 
 /// Unmounting flushes nothing on a read-only file system: more time than this means that something hangs.
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -29,19 +31,39 @@ pub(super) fn run(global: &Global, command: &Rm) -> anyhow::Result<()> {
     let directories = super::directories(global)?;
     start_daemon_for_records(global, &directories)?;
     let device = status::find(&directories, &command.target)?;
+    let leases = Leases::of(&directories, &device.name);
+    match leases.holder() {
+        Some(id) if !command.force => {
+            let text = format!("{} is leased by the container {id}: end that first, or use --force", device.name);
+            return Err(Error::new(ErrorKind::Busy, text).into());
+        }
+        _ => {}
+    }
+    remove_patiently(&directories, &device, command.force)?;
+    leases.forget();
+    Ok(())
+}
+
+/// Removes a device; what is in use is looked at again for a while.
+pub(super) fn remove_patiently(directories: &Directories, device: &DeviceStatus, force: bool) -> anyhow::Result<()> {
     let deadline = Instant::now() + BUSY_PATIENCE;
     loop {
-        match remove(&directories, &device, command.force) {
+        match remove(directories, device, force) {
             Err(error) if is_busy(&error) && Instant::now() < deadline => std::thread::sleep(BUSY_POLL),
             other => return other,
         }
     }
 }
 
-fn remove(directories: &Directories, device: &DeviceStatus, force: bool) -> anyhow::Result<()> {
+pub(super) fn remove(directories: &Directories, device: &DeviceStatus, force: bool) -> anyhow::Result<()> {
+    let root = Place::of(directories, &device.name);
+    if !force && let Some(number) = root.mounted()? {
+        refuse_if_mounted_elsewhere(device, number)?;
+    }
+    root.unmount(force)?;
     unmount(device, force)?;
     client::ask(directories, &Request::Remove { name: device.name.clone(), force }, client::ANSWER_MARGIN)?;
-    Ok(())
+    root.forget()
 }
 
 fn is_busy(error: &anyhow::Error) -> bool {

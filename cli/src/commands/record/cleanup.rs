@@ -1,16 +1,16 @@
 //! What a recorded run leaves on the host while it lasts, each a value whose end takes it away, also after an error.
 
-use std::ffi::CString;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::mount::UnmountFlags;
 use ublkimg_driver::daemon::protocol::Request;
 use ublkimg_driver::daemon::{Directories, client};
-use ublkimg_driver::error::{Error, ErrorKind};
+use ublkimg_driver::error::Error;
 
 use super::super::mount_helper;
+use crate::overlay;
 
 /// Unmounting a read-only file system flushes nothing: more time means that something hangs.
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,12 +42,7 @@ pub(super) struct Mount(PathBuf);
 
 impl Mount {
     pub(super) fn new(kind: &str, target: &Path, options: &str) -> anyhow::Result<Self> {
-        let data = CString::new(options)?;
-        rustix::mount::mount(kind, target, kind, MountFlags::empty(), Some(data.as_c_str())).map_err(|errno| {
-            let what = format!("cannot mount {kind} on {} with {options}", target.display());
-            let kind = if errno == rustix::io::Errno::NODEV { ErrorKind::Unsupported } else { ErrorKind::Io };
-            Error::caused(kind, what, std::io::Error::from(errno))
-        })?;
+        overlay::mount(kind, target, options)?;
         Ok(Self(target.to_owned()))
     }
 }

@@ -14,20 +14,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tokio::io::AsyncReadExt;
 use ublkimg_driver::daemon::client;
 use ublkimg_driver::daemon::protocol::{AddRequest, FillMode, Request, StartFigures, StartOptions};
 use ublkimg_driver::error::{Error, ErrorKind};
-use ublkimg_registry::erofs_manifest::ErofsManifest;
-use ublkimg_registry::{Digest, Repository};
 
-use super::super::{add, events, status};
-use super::bundle::{Bundle, ImageConfig};
+use super::super::{add, events, image_config, status};
+use super::bundle::Bundle;
 use super::cleanup::{Container, Device, Directory, Mount};
 use super::ready::Readiness;
 use crate::args::{Global, RecordRun};
+use crate::bundle::Overrides;
 use crate::exit::INTERRUPTED;
-use crate::output;
+use crate::{output, overlay};
 
 /// How often readiness is looked at: fine enough for starts of tens of milliseconds.
 const POLL: Duration = Duration::from_millis(2);
@@ -78,17 +76,17 @@ fn record(global: &Global, command: &RecordRun, interrupted: &AtomicBool) -> any
     }
     let bundle = Bundle::new(&place.path().join("bundle"), &place.path().join("runc"))?;
     let request = add_request(command, reference, &name)?;
-    let (attached, _) = add::attach(global, &directories, request, Some(&image), ATTACH_TIMEOUT)?;
+    let (attached, _) = add::attach(global, &directories, request, &add::Target::Directory(&image), ATTACH_TIMEOUT)?;
     let device = Device { directories: &directories, name: name.clone(), mount: image.clone() };
     go_on()?;
-    let config = image_config(command, reference, &attached.manifest)?;
+    let config = image_config::fetch(&command.registry, reference, &attached.manifest)?;
     let argv = config.command(&command.command)?;
-    let lower = |path: &Path| path.display().to_string();
-    let options = format!("lowerdir={},upperdir={},workdir={}", lower(&image), lower(&upper), lower(&work));
-    let overlay = Mount::new("overlay", &bundle.rootfs(), &options)?;
+    let overlay = Mount::new("overlay", &bundle.rootfs(), &overlay::options(&image, &upper, &work)?)?;
     go_on()?;
     super::begin(&directories, &name, argv.clone(), command.read_ahead_kb)?;
-    bundle.configure(&config, &argv, !readiness.asks_from_outside())?;
+    let overrides =
+        Overrides { command: argv.clone(), host_network: readiness.asks_from_outside(), ..Overrides::default() };
+    crate::bundle::write(bundle.directory(), &config, &overrides)?;
     let began = Instant::now();
     let container = Container::new(bundle.run(&name)?, bundle.state().to_owned(), name.clone());
     let container = until_ready(container, &readiness, command.timeout, interrupted)?;
@@ -153,24 +151,6 @@ fn add_request(command: &RecordRun, reference: &str, name: &str) -> anyhow::Resu
             read_ahead_kb: None,
             fill: FillMode::Off,
         },
-    })
-}
-
-/// The config of the image that the daemon serves.
-fn image_config(command: &RecordRun, reference: &str, manifest: &str) -> anyhow::Result<ImageConfig> {
-    let location = super::super::location(reference)?;
-    super::super::runtime()?.block_on(async {
-        let repository = Repository::open(&location, &super::super::client_options(&command.registry)).await?;
-        let digest: Digest = manifest.parse()?;
-        let manifest = ErofsManifest::parse(&repository.manifest(&digest).await?)?;
-        let config: Digest = manifest.config.digest.to_string().parse()?;
-        // The manifest bounds its size.
-        let mut bytes = Vec::new();
-        repository.blob(&config, manifest.config.size).await?.read_to_end(&mut bytes).await?;
-        serde_json::from_slice(&bytes).map_err(|error| {
-            Error::caused(ErrorKind::Corrupt, format!("the config {config} of {reference} cannot be read"), error)
-                .into()
-        })
     })
 }
 

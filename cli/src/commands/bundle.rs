@@ -1,0 +1,112 @@
+//! `ublkimg bundle`: a complete bundle for runc or crun, of an image that need not be here yet.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+use ublkimg_driver::daemon::protocol::{DeviceStatus, StartOptions};
+
+use super::root::Root;
+use super::{add, hook, image_config, rm};
+use crate::args::Global;
+use crate::args::bundle::Bundle;
+use crate::bundle::{Hooks, Overrides};
+use crate::output;
+
+/// What `bundle --json` prints.
+#[derive(Serialize)]
+struct Report<'a> {
+    name: &'a str,
+    device: &'a Path,
+    bundle: &'a Path,
+    manifest: &'a str,
+}
+
+pub(super) fn run(global: &Global, command: &Bundle) -> anyhow::Result<()> {
+    let directories = super::directories(global)?;
+    let start = StartOptions {
+        profile: add::profile(&command.profile)?,
+        command: command.command.clone(),
+        record: !command.attach.no_record,
+        read_ahead_kb: None,
+        fill: add::fill_mode(command.attach.fill),
+    };
+    let request = add::request(&command.reference, &command.attach, start)?;
+    let directory = super::absolute(&command.directory)?;
+    let wanted = Root {
+        directory: &directory.join("rootfs"),
+        config: Some(directory.join("config.json")),
+        upper: command.upper.as_deref().map(super::absolute).transpose()?,
+    };
+    let target = add::Target::Root(wanted);
+    let (device, _) = add::attach(global, &directories, request, &target, command.attach.timeout)?;
+    if let Err(error) = configure(global, command, &device, &directory) {
+        // A root without a configuration is no bundle.
+        let _ = rm::remove(&directories, &device, true);
+        return Err(error);
+    }
+    if command.json {
+        let report =
+            Report { name: &device.name, device: &device.device, bundle: &directory, manifest: &device.manifest };
+        return output::json(&report);
+    }
+    output::line(&format!("{} {}", device.name, directory.display()))
+}
+
+fn configure(global: &Global, command: &Bundle, device: &DeviceStatus, directory: &Path) -> anyhow::Result<()> {
+    let image = image_config::fetch(&command.attach.registry, &command.reference, &device.manifest)?;
+    let overrides = Overrides {
+        command: command.command.clone(),
+        env: command.env.iter().filter_map(|variable| environment(variable)).collect(),
+        user: command.user.clone(),
+        working_dir: command.workdir.clone(),
+        hostname: command.hostname.clone(),
+        mounts: command.volume.clone(),
+        host_network: command.host_network,
+        terminal: command.tty,
+        annotations: if command.no_hooks { BTreeMap::new() } else { annotations(command, device)? },
+        hooks: if command.no_hooks { None } else { Some(hooks(global, command)?) },
+    };
+    crate::bundle::write(directory, &image, &overrides)
+}
+
+/// What our hooks read.
+fn annotations(command: &Bundle, device: &DeviceStatus) -> anyhow::Result<BTreeMap<String, String>> {
+    let mut annotations = BTreeMap::from([(hook::ROOT.to_owned(), device.name.clone())]);
+    for (path, reference) in &command.mount_image {
+        // Here, not when the container starts: a typing error should be found by who makes it.
+        let location = super::location(reference)?;
+        annotations.insert(format!("{}{path}", hook::MOUNT_PREFIX), location.to_string());
+    }
+    Ok(annotations)
+}
+
+/// With the directories and the registry options of this command.
+fn hooks(global: &Global, command: &Bundle) -> anyhow::Result<Hooks> {
+    let directories = super::directories(global)?;
+    let mut arguments = Vec::new();
+    for (option, path) in [("--root", &directories.root), ("--run-dir", &directories.run)] {
+        arguments.extend([option.to_owned(), path.display().to_string()]);
+    }
+    let timeout_seconds = command.attach.timeout.as_secs().max(1);
+    Ok(Hooks { program: std::env::current_exe()?, arguments, options: hook_options(command)?, timeout_seconds })
+}
+
+fn hook_options(command: &Bundle) -> anyhow::Result<Vec<String>> {
+    let mut options = vec![format!("--timeout={}ms", add::milliseconds(command.attach.timeout))];
+    if command.attach.registry.plain_http {
+        options.push("--plain-http".to_owned());
+    }
+    if let Some(file) = &command.attach.registry.auth_file {
+        options.push(format!("--auth-file={}", super::absolute(file)?.display()));
+    }
+    Ok(options)
+}
+
+/// `NAME=VALUE`; the value of this process if only a name is given, nothing if it has none.
+fn environment(variable: &str) -> Option<String> {
+    if variable.contains('=') {
+        return Some(variable.to_owned());
+    }
+    Some(format!("{variable}={}", std::env::var(variable).ok()?))
+}

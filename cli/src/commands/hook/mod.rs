@@ -1,0 +1,201 @@
+//! `ublkimg hook`: what an OCI runtime calls while it makes and ends a container (runtime specification, "Lifecycle").
+//!
+//! | phase | what happens |
+//! |---|---|
+//! | prestart, createRuntime | the images of the annotations are attached, leased, and mounted in the container |
+//! | createContainer | the same, already in the container's mount namespace |
+//! | poststart | the root's device counts as ready, if an annotation says so |
+//! | poststop | leases are given back; devices that hooks attached go with the last of them |
+//!
+//! A hook cannot supply the root itself: runtimes look at it before they call one. `ublkimg bundle` can.
+//!
+//! Phases can be repeated, since runtimes call both prestart and createRuntime when both are configured: a path that is
+//! mounted already is left alone. An error is one line on stderr and one in the journal, as some runtimes drop a hook's
+//! stderr. poststop never fails: nothing would come of it.
+
+mod journal;
+mod state;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use ublkimg_driver::daemon::protocol::{AddRequest, DeviceStatus, FillMode, Request, StartOptions};
+use ublkimg_driver::daemon::{Directories, client};
+use ublkimg_driver::error::{Error, ErrorKind};
+use ublkimg_image::Sha256;
+
+pub(super) use self::state::{MOUNT_PREFIX, ROOT};
+
+use self::state::State;
+use super::{add, mount_helper, rm, status};
+use crate::args::Global;
+use crate::args::hook::Hook;
+use crate::lease::{Leases, Process};
+
+/// How long a read may wait for a registry.
+const READ_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// How long the daemon may take for something small.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+
+pub(super) fn run(global: &Global, command: &Hook) -> anyhow::Result<()> {
+    let done = phase(global, command);
+    if let Err(error) = &done {
+        journal::error(&format!("hook {}: {error:#}", command.phase));
+    }
+    match command.phase.as_str() {
+        "poststop" => Ok(()),
+        _ => done,
+    }
+}
+
+fn phase(global: &Global, command: &Hook) -> anyhow::Result<()> {
+    let state = State::read(std::io::stdin().lock())?;
+    let hook = Call { global, command, directories: super::directories(global)?, state };
+    match command.phase.as_str() {
+        "prestart" | "createRuntime" => hook.prepare(hook.state.pid),
+        "createContainer" => hook.prepare(None),
+        "poststart" => hook.started(),
+        "poststop" => hook.stopped(),
+        _ => Ok(()),
+    }
+}
+
+/// One call of a hook.
+struct Call<'a> {
+    global: &'a Global,
+    command: &'a Hook,
+    directories: Directories,
+    state: State,
+}
+
+impl Call<'_> {
+    /// `pid` is in the container's mount namespace, unless this process is.
+    fn prepare(&self, pid: Option<u32>) -> anyhow::Result<()> {
+        let deadline = Instant::now() + self.command.timeout;
+        if let Some(name) = self.state.root_device() {
+            status::find(&self.directories, name)?;
+            let leases = Leases::of(&self.directories, name);
+            let _lock = leases.lock()?;
+            leases.take(&self.state.id, self.process()?)?;
+        }
+        let mounts = self.state.mounts();
+        if mounts.is_empty() {
+            return Ok(());
+        }
+        let rootfs = self.state.rootfs()?;
+        for (path, reference) in mounts {
+            self.mount(path, reference, &rootfs, pid, deadline)?;
+        }
+        Ok(())
+    }
+
+    /// Who lives as long as the container does.
+    fn process(&self) -> anyhow::Result<Process> {
+        let pid = self.state.pid.unwrap_or(0);
+        let gone = || Error::new(ErrorKind::NotFound, format!("the container's process {pid} is not there"));
+        Ok(Process::of(pid).ok_or_else(gone)?)
+    }
+
+    fn mount(
+        &self,
+        path: &str,
+        reference: &str,
+        rootfs: &std::path::Path,
+        pid: Option<u32>,
+        deadline: Instant,
+    ) -> anyhow::Result<()> {
+        let request = self.request(reference)?;
+        // The same image at two paths, or in two containers, is one device.
+        let name = request.name.clone().unwrap_or_default();
+        let leases = Leases::of(&self.directories, &name);
+        let _lock = leases.lock()?;
+        let place = self.place(&name);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let target = add::Target::Directory(&place);
+        add::attach(self.global, &self.directories, request, &target, left)?;
+        leases.take(&self.state.id, self.process()?)?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (source, root) = (place.display().to_string(), rootfs.display().to_string());
+        let pid = pid.map(|pid| format!("--pid={pid}"));
+        let words = ["mount-into"].into_iter().chain(pid.as_deref()).chain(["--", &source, &root, path]);
+        mount_helper::run_own(words, &format!("mounting {reference} at {path} in the container"), left)
+    }
+
+    fn request(&self, reference: &str) -> anyhow::Result<AddRequest> {
+        let reference = super::location(reference)?.to_string();
+        Ok(AddRequest {
+            name: Some(device_name(&reference)),
+            reference,
+            transport: add::transport(self.command.transport),
+            plain_http: self.command.registry.plain_http,
+            auth_file: self.command.registry.auth_file.as_deref().map(super::absolute).transpose()?,
+            attach_timeout_ms: add::milliseconds(self.command.timeout),
+            read_timeout_ms: add::milliseconds(READ_TIMEOUT),
+            holds_reads: false,
+            start: StartOptions { fill: FillMode::Off, record: true, ..StartOptions::default() },
+        })
+    }
+
+    /// Where a hook mounts a device, in the host's mount namespace.
+    fn place(&self, name: &str) -> PathBuf {
+        self.directories.run.join("hook").join(name)
+    }
+
+    fn started(&self) -> anyhow::Result<()> {
+        match self.state.root_device() {
+            Some(name) if self.state.is_ready_when_started() => {
+                Ok(client::ask(&self.directories, &Request::Ready { name: name.to_owned() }, ASK_TIMEOUT).map(drop)?)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn stopped(&self) -> anyhow::Result<()> {
+        if let Some(name) = self.state.root_device() {
+            Leases::of(&self.directories, name).give_back(&self.state.id)?;
+        }
+        let mut failed = Ok(());
+        for (_path, reference) in self.state.mounts() {
+            // Each by itself: what cannot be removed must not keep the others.
+            failed = failed.and(self.let_go(reference));
+        }
+        failed
+    }
+
+    fn let_go(&self, reference: &str) -> anyhow::Result<()> {
+        let name = self.request(reference)?.name.unwrap_or_default();
+        let leases = Leases::of(&self.directories, &name);
+        let _lock = leases.lock()?;
+        leases.give_back(&self.state.id)?;
+        if leases.holder().is_some() {
+            return Ok(());
+        }
+        let device = match status::find(&self.directories, &name) {
+            Ok(device) => device,
+            // It was removed, or never attached.
+            Err(error) if is_not_found(&error) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        self.remove(&device)?;
+        leases.forget();
+        Ok(())
+    }
+
+    fn remove(&self, device: &DeviceStatus) -> anyhow::Result<()> {
+        rm::remove_patiently(&self.directories, device, false)?;
+        let _ = std::fs::remove_dir(self.place(&device.name));
+        Ok(())
+    }
+}
+
+/// The name of the device that hooks attach for a reference: no two references have the same.
+fn device_name(reference: &str) -> String {
+    let hash = Sha256::of(reference.as_bytes()).to_string();
+    let digits: String = hash.trim_start_matches("sha256:").chars().take(16).collect();
+    format!("hook-{digits}")
+}
+
+fn is_not_found(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Error>().is_some_and(|error| error.kind() == ErrorKind::NotFound)
+}

@@ -1,0 +1,284 @@
+//! Writable roots, bundles and hooks, as provisioning scripts and runtimes use them, on this machine's kernel.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use ublkimg_tests::command::ublkimg_path;
+use ublkimg_tests::host::Host;
+use ublkimg_tests::skip;
+
+/// The runtimes that are here.
+fn runtimes() -> Vec<&'static str> {
+    let is_there = |name: &&str| Command::new(name).arg("--version").stdout(Stdio::null()).status().is_ok();
+    ["runc", "crun"].into_iter().filter(is_there).collect()
+}
+
+/// A runtime whose state lies below the host's root.
+fn runtime(host: &Host, program: &str) -> Command {
+    let is_hybrid = Path::new("/sys/fs/cgroup/unified").exists();
+    let mut command = match program {
+        // crun works with either version of cgroups, not with both at once.
+        "crun" if is_hybrid => {
+            let script = "mount --make-private /sys/fs/cgroup && umount /sys/fs/cgroup/unified && exec crun \"$@\"";
+            let mut command = Command::new("unshare");
+            command.args(["--mount", "--propagation", "unchanged", "sh", "-c", script, "crun"]);
+            command
+        }
+        _ => Command::new(program),
+    };
+    command.arg("--root").arg(host.root.join(format!("state-{program}")));
+    command
+}
+
+fn run(host: &Host, program: &str, bundle: &Path, id: &str) -> Output {
+    // A file, not a pipe: what a hook starts (the daemon) would keep a pipe open.
+    let path = host.root.join("out");
+    let file = || std::fs::OpenOptions::new().create(true).append(true).open(&path).unwrap();
+    std::fs::write(&path, "").unwrap();
+    let status = runtime(host, program)
+        .arg("run")
+        .arg("-b")
+        .arg(bundle)
+        .arg(id)
+        .stdin(Stdio::null())
+        .stdout(file())
+        .stderr(file())
+        .status()
+        .unwrap();
+    Output { status, stdout: std::fs::read(&path).unwrap(), stderr: Vec::new() }
+}
+
+fn succeeds(host: &Host, program: &str, bundle: &Path, id: &str) -> String {
+    let output = run(host, program, bundle, id);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{program}: {text}");
+    text
+}
+
+fn start(host: &Host, program: &str, bundle: &Path, id: &str) -> Child {
+    let mut command = runtime(host, program);
+    command.arg("run").arg("-b").arg(bundle).arg(id).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().unwrap()
+}
+
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn bundle(host: &Host, name: &str, options: &[&str], command: &[&str]) -> PathBuf {
+    let directory = host.root.join(name);
+    let reference = host.registry.reference("shell", "v1");
+    let first = ["bundle", &reference, directory.to_str().unwrap(), "--name", name];
+    let separator = if command.is_empty() { &[][..] } else { &["--"] };
+    host.ublkimg(&[&first, options, separator, command].concat()).success();
+    directory
+}
+
+#[test]
+fn a_root_can_be_written_and_goes_without_a_trace() {
+    let host = match Host::with_shell() {
+        Ok(host) => host,
+        Err(reason) => skip!("{reason}"),
+    };
+    let (mount, text) = (host.root.join("root"), host.root.join("root").display().to_string());
+    let arguments = ["--mount", &text, "--overlay", "--name", "web"];
+    let added = host.add("shell", &arguments).success();
+    assert!(added.stdout.trim_end().ends_with(&text), "{}", added.stdout);
+    std::fs::write(mount.join("new"), "x").unwrap();
+    std::fs::remove_file(mount.join("data")).unwrap();
+    // Again: it is found as it is.
+    host.add("shell", &arguments).success();
+    assert!(mount.join("new").exists() && !mount.join("data").exists());
+    let elsewhere = host.root.join("elsewhere").display().to_string();
+    host.add("shell", &["--mount", &elsewhere, "--overlay", "--name", "web"]).refused(9, &["web", &text]);
+    assert!(!Path::new(&elsewhere).exists());
+    // In use: nothing is taken away.
+    let held = std::fs::File::open(mount.join("new")).unwrap();
+    host.ublkimg(&["rm", "web"]).refused(9, &[&text]);
+    assert!(mount.join("new").exists());
+    drop(held);
+    host.ublkimg(&["rm", &text]).success();
+    assert!(!mount.exists(), "it was made by add");
+    host.end();
+}
+
+#[test]
+fn changes_are_kept_where_the_user_says() {
+    let host = match Host::with_shell() {
+        Ok(host) => host,
+        Err(reason) => skip!("{reason}"),
+    };
+    let (mount, upper) = (host.root.join("root"), host.root.join("changes"));
+    let overlay = format!("--overlay={}", upper.display());
+    for round in 0..2 {
+        host.add("shell", &["--mount", mount.to_str().unwrap(), &overlay, "--name", "web"]).success();
+        assert_eq!(mount.join("kept").exists(), round == 1);
+        std::fs::write(mount.join("kept"), "x").unwrap();
+        host.ublkimg(&["rm", "web"]).success();
+    }
+    assert!(upper.join("upper/kept").exists());
+    let bad = format!("--overlay={}", host.root.join("a:b").display());
+    host.add("shell", &["--mount", mount.to_str().unwrap(), &bad, "--name", "web"]).refused(2, &["colon"]);
+    assert!(!mount.exists());
+    assert_eq!(host.devices(), Vec::<Value>::new());
+    host.end();
+}
+
+#[test]
+fn a_bundle_is_all_that_a_runtime_needs() {
+    let host = match Host::with_shell() {
+        Ok(host) => host,
+        Err(reason) => skip!("{reason}"),
+    };
+    for program in runtimes() {
+        let script = "busybox id -u; cat /data | busybox wc -c; echo $WHO; echo x > /new && cat /new; pwd";
+        let options = ["--env", "WHO=me", "--workdir", "/etc"];
+        let directory = bundle(&host, "one", &options, &["/bin/sh", "-c", script]);
+        assert_eq!(succeeds(&host, program, &directory, "c1"), "0\n1048576\nme\nx\n/etc\n");
+        host.ublkimg(&["rm", "one"]).success();
+        assert!(!directory.exists(), "the bundle was made by us");
+    }
+    let reference = host.registry.reference("shell", "v1");
+    let directory = host.root.join("two").display().to_string();
+    let nobody = ["bundle", &reference, &directory, "--user", "nobody", "--", "/bin/sh"];
+    host.ublkimg(&nobody).refused(2, &["nobody"]);
+    assert!(!Path::new(&directory).exists());
+    assert_eq!(host.devices(), Vec::<Value>::new());
+    host.end();
+}
+
+#[test]
+fn a_container_keeps_what_it_uses() {
+    let host = match Host::with_shell() {
+        Ok(host) => host,
+        Err(reason) => skip!("{reason}"),
+    };
+    let models = format!("/models/big={}", host.registry.reference("shell", "v1"));
+    for program in runtimes() {
+        // Also as a mount of the image within.
+        let script = "cat /models/big/data | busybox wc -c; ! echo x 2>/dev/null > /models/big/y; sleep 300";
+        let directory = bundle(&host, "one", &["--mount-image", &models], &["/bin/sh", "-c", script]);
+        let mut container = start(&host, program, &directory, "c1");
+        let named = |prefix: &str| {
+            let devices = host.devices();
+            let mut names = devices.iter().filter_map(|device| device["name"].as_str());
+            names.find(|name| name.starts_with(prefix)).map(str::to_owned)
+        };
+        let running = format!("{}/c1", host.root.join("run/leases/one").display());
+        wait_until("the root is leased", || Path::new(&running).exists());
+        wait_until("the image is attached", || named("hook-").is_some());
+        wait_until("the container runs", || {
+            let state = runtime(&host, program).args(["state", "c1"]).output().unwrap();
+            String::from_utf8_lossy(&state.stdout).contains("\"running\"")
+        });
+        let image = named("hook-").unwrap();
+        for name in ["one", &image] {
+            host.ublkimg(&["rm", name]).refused(9, &["leased", "c1"]);
+        }
+        assert!(runtime(&host, program).args(["kill", "c1", "KILL"]).status().unwrap().success());
+        container.wait().unwrap();
+        // The runtime calls the last hook before it ends.
+        assert_eq!(named("hook-"), None, "{program}");
+        host.ublkimg(&["rm", "one"]).success();
+    }
+    host.end();
+}
+
+#[test]
+fn what_a_container_sees_of_a_mounted_image() {
+    let host = match Host::with_shell() {
+        Ok(host) => host,
+        Err(reason) => skip!("{reason}"),
+    };
+    let models = format!("/models/big={}", host.registry.reference("shell", "v1"));
+    for program in runtimes() {
+        let script = "cat /models/big/data | busybox wc -c; (echo x > /models/big/y) 2>/dev/null || echo read-only";
+        let directory = bundle(&host, "one", &["--mount-image", &models], &["/bin/sh", "-c", script]);
+        assert_eq!(succeeds(&host, program, &directory, "c1"), "1048576\nread-only\n", "{program}");
+        assert_eq!(host.devices().len(), 1, "{program}: the hook's device went with the container");
+        host.ublkimg(&["rm", "one"]).success();
+        // An image that is not there: no container, and nothing is left.
+        let missing = format!("/m={}", host.registry.reference("nothing", "v1"));
+        let directory = bundle(&host, "one", &["--mount-image", &missing], &["/bin/sh"]);
+        let output = run(&host, program, &directory, "c2");
+        assert!(!output.status.success(), "{program}");
+        drop(runtime(&host, program).args(["delete", "--force", "c2"]).output());
+        assert_eq!(host.devices().len(), 1, "{program}");
+        host.ublkimg(&["rm", "one"]).success();
+    }
+    host.end();
+}
+
+#[test]
+fn a_container_survives_a_crash_of_the_daemon() {
+    let host = match Host::with_shell() {
+        Ok(host) => host,
+        Err(reason) => skip!("{reason}"),
+    };
+    let models = format!("/models={}", host.registry.reference("shell", "v1"));
+    let script = "while [ ! -e /go ]; do busybox sleep 0.1; done; cat /data /models/data | busybox wc -c";
+    let directory = bundle(&host, "one", &["--mount-image", &models], &["/bin/sh", "-c", script]);
+    if host.devices()[0]["transport"] != "ublk" {
+        host.ublkimg(&["rm", "one"]).success();
+        host.end();
+        skip!("this kernel has no ublk, and a FUSE file goes with its server");
+    }
+    for program in runtimes() {
+        let running = host.root.join("run/leases/one/c1");
+        let go = directory.join("rootfs/go");
+        std::thread::scope(|scope| {
+            let container = scope.spawn(|| succeeds(&host, program, &directory, "c1"));
+            wait_until("the root is leased", || running.exists());
+            wait_until("the image is attached", || host.devices().len() == 2);
+            let servers = ublkimg_tests::leaks::processes_of(host.root.path());
+            let server = servers.iter().find(|process| process.contains("--server")).unwrap();
+            let (id, _command) = server.split_once(' ').unwrap();
+            assert!(Command::new("kill").args(["-9", id]).status().unwrap().success());
+            std::fs::write(&go, "").unwrap();
+            assert_eq!(container.join().unwrap(), "2097152\n", "{program}");
+        });
+        std::fs::remove_file(&go).unwrap();
+    }
+    host.ublkimg(&["rm", "one"]).success();
+    host.end();
+}
+
+#[test]
+fn hooks_of_others_cost_nothing() {
+    let host = Host::new(ublkimg_tests::registry::Auth::Anonymous);
+    let call = |phase: &str, state: &str| {
+        let mut child = Command::new(ublkimg_path())
+            .env("UBLKIMG_ROOT", host.root.join("store"))
+            .env("UBLKIMG_RUN_DIR", host.root.join("run"))
+            .args(["hook", phase])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), state.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let state =
+        format!(r#"{{"ociVersion": "1.0.2", "id": "c1", "pid": {}, "bundle": "/nonexistent"}}"#, std::process::id());
+    for phase in ["prestart", "createRuntime", "createContainer", "poststart", "poststop", "somethingNew"] {
+        assert_eq!(call(phase, &state), (Some(0), String::new()), "{phase}");
+    }
+    let (code, said) = call("createRuntime", "no state");
+    assert_eq!((code, said.lines().count()), (Some(2), 1), "{said}");
+    let (code, _) = call("poststop", "no state");
+    assert_eq!(code, Some(0), "poststop never fails");
+    // A root that is not attached is an error before the container is made.
+    let state = state.replace("\"bundle\"", "\"annotations\": {\"dev.ublkimg.root\": \"web\"}, \"bundle\"");
+    let (code, said) = call("createRuntime", &state);
+    assert_eq!((code, said.lines().count()), (Some(3), 1), "{said}");
+    assert!(!host.root.join("run/leases/web/c1").exists());
+}
