@@ -3,6 +3,7 @@
 pub(crate) mod bundle;
 pub(crate) mod cache;
 pub(crate) mod hook;
+pub(crate) mod pull;
 pub(crate) mod trace;
 
 use std::path::PathBuf;
@@ -54,6 +55,8 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// Make an ublkimg image of a container image or a directory
     Convert(Convert),
+    /// Fetch an image into the store of this host, without a device
+    Pull(pull::Pull),
     /// Attach an image as a block device, and mount it
     Add(Add),
     /// Make a bundle for runc or crun of an image: attached, with a writable root and a configuration

@@ -24,6 +24,7 @@ mod outage_tests;
 mod profile_fixture;
 #[cfg(test)]
 mod profile_tests;
+pub mod pull;
 mod recorder;
 pub mod start_events;
 pub mod store;

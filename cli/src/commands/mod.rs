@@ -19,6 +19,7 @@ mod ls;
 mod mount_helper;
 mod mount_into;
 mod optimize;
+mod pull;
 mod ready;
 mod record;
 mod rm;
@@ -42,6 +43,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
     let global = &arguments.global;
     match arguments.command {
         Command::Convert(command) => convert::run(&command),
+        Command::Pull(command) => pull::run(global, &command),
         Command::Add(command) => add::run(global, &command),
         Command::Bundle(command) => bundle::run(global, &command),
         Command::Rm(command) => rm::run(global, &command),

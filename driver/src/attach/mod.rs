@@ -31,6 +31,7 @@ use crate::image::{ServedBlob, ServedImage, local};
 use crate::start_events::{FetchClass, Get, Mark};
 use crate::store::Store;
 
+mod known;
 mod plan;
 mod prepare;
 mod profile;
@@ -97,9 +98,18 @@ pub async fn attach(
     location: &Location,
     options: &AttachOptions,
 ) -> Result<LoadedImage> {
+    let known = known::known(store, location).await;
     let attached = async {
         let attaching = Attaching::new(store, engine, location, options).await?;
-        let named = attaching.resolve(&options.platform).await?;
+        let named = match &known {
+            None => attaching.resolve(&options.platform).await?,
+            Some(known) => match attaching.resolve_soon(&options.platform).await {
+                Err(why) if why.kind() == ErrorKind::Unavailable => {
+                    return known::attach_known(store, engine, location, known, options, why).await;
+                }
+                named => named?,
+            },
+        };
         let image = async {
             let (bytes, manifest) = attaching.manifest(&named).await?;
             // The disk takes as long as the registry: neither waits for the other.
@@ -109,7 +119,9 @@ pub async fn attach(
         };
         let profile = attaching.profile(&named, options);
         let ((manifest, blob), profile) = tokio::try_join!(image, profile)?;
-        attaching.serve(named.digest, manifest, blob, profile).await
+        let loaded = attaching.serve(named.digest, manifest, blob, profile).await?;
+        known::keep(store, location, &loaded).await;
+        Ok(loaded)
     };
     let timed_out = || {
         let seconds = options.attach_deadline.as_secs();
@@ -191,6 +203,15 @@ impl<'a> Attaching<'a> {
             attached: receiver,
             turn: Turn::new(),
         })
+    }
+
+    /// What the location names, if the registry answers soon.
+    async fn resolve_soon(&self, platform: &Platform) -> Result<Named> {
+        let silent = || {
+            let text = format!("resolve {}: no answer within {} s", self.location, known::PATIENCE.as_secs());
+            Error::new(ErrorKind::Unavailable, text)
+        };
+        tokio::time::timeout(known::PATIENCE, self.resolve(platform)).await.map_err(|_| silent())?
     }
 
     /// What the location names.

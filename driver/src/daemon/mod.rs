@@ -28,7 +28,7 @@ mod start;
 pub mod state;
 
 pub use names::from_reference as device_name;
-pub use server::{ServerOptions, run_server};
+pub use server::{ServerOptions, pull_here, run_server};
 
 use std::path::{Path, PathBuf};
 

@@ -11,6 +11,7 @@ use crate::device::Transport;
 use crate::error::ErrorKind;
 pub use crate::figures::{BoundFigures, FillFigures, RecordingFigures, StartFigures};
 pub use crate::outage::Waiting;
+use crate::pull::{Pull, Pulled};
 use crate::start_events::StartEvent;
 pub use crate::store::{Checked, Limits, Room, Usage};
 
@@ -22,6 +23,24 @@ pub const REQUEST_MAX_BYTES: usize = 1 << 20;
 /// of a start, 65536 of at most 110 bytes.
 pub const ANSWER_MAX_BYTES: usize = 16 << 20;
 
+/// An image that is to be fetched.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PullRequest {
+    /// The image.
+    pub reference: String,
+    /// Plain HTTP also to registries that are not on this machine.
+    pub plain_http: bool,
+    /// File with credentials, absolute.
+    pub auth_file: Option<PathBuf>,
+    /// How long the registry may be silent.
+    pub read_timeout_ms: u64,
+    /// The profile, and the command that chooses it.
+    pub start: StartOptions,
+    /// How much of it.
+    pub what: Pull,
+}
+
 /// What a command asks of the server.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -30,6 +49,8 @@ pub enum Request {
     Ping,
     /// Attach an image.
     Add(AddRequest),
+    /// Fetch an image without attaching it to a device.
+    Pull(PullRequest),
     /// A mount of the device was made by `add --mount`.
     Mounted {
         /// The device's name.
@@ -256,6 +277,8 @@ pub enum Answer {
         /// Whether this request made it; otherwise it was there.
         created: bool,
     },
+    /// To [`Request::Pull`].
+    Pulled(Pulled),
     /// To [`Request::List`].
     Devices(Vec<DeviceStatus>),
     /// To [`Request::Figures`].

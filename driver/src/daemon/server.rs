@@ -20,7 +20,7 @@ use ublkimg_registry::{ClientOptions, Digest, Location};
 use super::attached::{Attached, check_unused};
 use super::listener::Reply;
 use super::locks::NameLocks;
-use super::protocol::{AddRequest, Answer, Fault, ProfileRequest, Request};
+use super::protocol::{AddRequest, Answer, Fault, ProfileRequest, PullRequest, Request};
 use super::recording::finish_all;
 use super::start::Starting;
 use super::state::{DeviceRecord, Records, boot_id};
@@ -29,6 +29,7 @@ use crate::attach::{AttachOptions, LoadedImage, ProfileSource, attach};
 use crate::device::Prepared;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
+use crate::pull::Pulled;
 use crate::recorder::recover_logs;
 use crate::start_events::Mark;
 use crate::store::{Limits, Store};
@@ -180,6 +181,9 @@ impl Server {
             Request::Ping => Ok(Answer::Pong { pid: std::process::id() }),
             // In a task of its own: it must go on to its end when the client hangs up.
             Request::Add(request) => flatten(tokio::spawn(async move { self.add(request).await }).await),
+            Request::Pull(request) => {
+                flatten(tokio::spawn(async move { self.pull(request).await }).await).map(Answer::Pulled)
+            }
             Request::Mounted { name, directory } => {
                 flatten(tokio::spawn(async move { self.mounted(&name, directory).await }).await).map(|()| Answer::Done)
             }
@@ -254,6 +258,10 @@ impl Server {
         let device = Box::new(attached.status());
         self.attached.lock().insert(device.name.clone(), attached);
         Ok(Answer::Added { device, created: true })
+    }
+
+    async fn pull(self: Arc<Self>, request: PullRequest) -> Result<Pulled> {
+        pull_here(&self.store, &self.engine, &request).await
     }
 
     /// Makes the device: record first, so that a server that dies here is succeeded by one that knows of it.
@@ -358,6 +366,18 @@ impl Server {
 }
 
 /// Where the profile comes from that a request asks for.
+/// What [`Request::Pull`] asks for, in this process.
+///
+/// # Errors
+/// As [`crate::pull::pull`]; `Invalid` for a reference or a profile that is none.
+pub async fn pull_here(store: &Arc<Store>, engine: &Engine, request: &PullRequest) -> Result<Pulled> {
+    let location = parse_location(&request.reference)?;
+    let mut options = options(request.plain_http, request.auth_file.clone(), request.read_timeout_ms, false);
+    options.profile = source(&request.start.profile)?;
+    options.command = command(&request.start.command);
+    crate::pull::pull(store, engine, &location, &options, request.what).await
+}
+
 fn source(request: &ProfileRequest) -> Result<ProfileSource> {
     let bad = |error| Error::caused(ErrorKind::Invalid, "profile", error);
     Ok(match request {

@@ -10,6 +10,7 @@
 //! objects/<digest>              manifests and metadata blobs as they were fetched
 //! metadata/<digest>             metadata image as it is served, named by the blob that it was made from
 //! pins/<image manifest>          what an image needs that is not to be evicted
+//! names/<digest of the name>     what the name of an image meant last
 //! traces/<manifest>-<command>.trace  trace of a start on this host
 //! traces/<device>.log           recording under way
 //! ```
@@ -44,7 +45,9 @@ pub(crate) struct BlobPaths {
 impl Layout {
     /// Makes the directories, and removes what an interrupted write left. For the owner of the store only.
     pub(crate) fn prepare(&self) -> Result<()> {
-        for directory in [self.blobs(), self.objects(), self.metadata_directory(), self.traces(), self.pins()] {
+        for directory in
+            [self.blobs(), self.objects(), self.metadata_directory(), self.traces(), self.pins(), self.names()]
+        {
             fs::create_dir_all(&directory).map_err(|error| Error::path("make directory", &directory, error))?;
             let entries = fs::read_dir(&directory).map_err(|error| Error::path("list", &directory, error))?;
             for entry in entries {
@@ -63,6 +66,14 @@ impl Layout {
 
     pub(crate) fn lock(&self) -> PathBuf {
         self.root.join("lock")
+    }
+
+    pub(crate) fn names(&self) -> PathBuf {
+        self.root.join("names")
+    }
+
+    pub(crate) fn name(&self, digest: Sha256) -> PathBuf {
+        self.names().join(digest.hex())
     }
 
     pub(crate) fn links(&self) -> PathBuf {

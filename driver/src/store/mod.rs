@@ -13,6 +13,7 @@ mod disk;
 pub(crate) mod journal;
 mod layout;
 mod links;
+pub mod names;
 mod objects;
 mod overflow;
 mod pins;
