@@ -16,6 +16,7 @@ use futures_util::stream::{self, Stream, StreamExt as _};
 use ublkimg_registry::descriptor::{Descriptor, Platform};
 use ublkimg_registry::{ClientOptions, Location};
 
+use crate::config::Config;
 use crate::converted_layer::{ConvertedLayer, settings};
 use crate::destination::Destination;
 use crate::error::{Error, ErrorKind, Result};
@@ -23,6 +24,7 @@ use crate::progress::{Phase, Progress, Task};
 use crate::reuse::Reuse;
 use crate::source::{self, Image, Platforms, Source, SourceLayer};
 use context::{CancelOnDrop, Context};
+use original::Copy;
 
 pub use summary::{ImageSummary, LayerSummary, Summary};
 
@@ -94,16 +96,17 @@ pub async fn convert(
     let settings = settings(options.level);
     let cache = options.cache.as_deref();
     let reuse = Reuse::open(cache, &destination.location, &options.reuse, &options.client, settings.clone()).await?;
-    let context = Context::new(options.clone(), destination, reuse, settings, progress);
+    let source_repository = source.location().and_then(Destination::name_of);
+    let context = Context::new(options.clone(), destination, source_repository, reuse, settings, progress);
     let context = Arc::new(context);
     let _cancel = CancelOnDrop(Arc::clone(&context.cancelled));
-    let from = source.location().and_then(Destination::name_of);
     let (mut listed, mut summaries) = (Vec::new(), Vec::new());
     for image in images {
+        let Image { config, platform, layers, original } = image;
+        let (descriptor, summary) = convert_image(&context, config, platform, layers).await?;
         if options.keep_original {
-            listed.push(original::push(&context, &image, from.as_deref()).await?);
+            listed.push(original::push(&context, original.as_ref()).await?);
         }
-        let (descriptor, summary) = convert_image(&context, image).await?;
         listed.push(descriptor);
         summaries.push(summary);
     }
@@ -126,9 +129,14 @@ fn check(source: &Source, destination: &Location, options: &Options) -> Result<(
     Ok(())
 }
 
-/// Converts one image; returns how an index lists it. The manifest is pushed, the index is not.
-async fn convert_image(context: &Arc<Context>, image: Image) -> Result<(Descriptor, ImageSummary)> {
-    let Image { config, platform, layers, .. } = image;
+/// Converts one image; returns how an index lists it. The manifest is pushed, the index is not. The source's layers are in the
+/// destination too where the original is kept.
+async fn convert_image(
+    context: &Arc<Context>,
+    config: Config,
+    platform: Platform,
+    layers: Vec<SourceLayer>,
+) -> Result<(Descriptor, ImageSummary)> {
     let count = layers.len();
     let found = find_layers(context, &layers).await?;
     let finished = stream::iter(layers.into_iter().zip(found).enumerate())
@@ -189,12 +197,18 @@ async fn finish_layer(
     found: Option<ConvertedLayer>,
 ) -> Result<FinishedLayer> {
     context.check_cancelled()?;
+    let of_layer = |error: Error| error.within(layer.name());
+    let copy = Copy::begin(&context, &layer).await.map_err(of_layer)?;
     if let Some(found) = found {
+        if let Some(copy) = copy {
+            copy.fetch(&layer).await.map_err(of_layer)?;
+            copy.push(&context).await.map_err(of_layer)?;
+        }
         let source_bytes = layer.size_bytes.unwrap_or_default();
         let summary = LayerSummary::new(layer.digest, source_bytes, &found, true, true);
         return Ok(FinishedLayer { summary, layer: found });
     }
-    let finished = layer::convert_layer(Arc::clone(&context), position, layer).await?;
+    let finished = layer::convert_layer(Arc::clone(&context), position, layer, copy).await?;
     context.reuse.keep(&finished.layer, &context.destination).await;
     Ok(finished)
 }

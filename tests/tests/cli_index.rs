@@ -119,7 +119,14 @@ fn the_original_comes_along_into_another_registry() {
     let fixture = Fixture::new();
     let app = fixture.reference("app", "v1");
     let other = TestRegistry::start(Config::default()).unwrap();
-    fixture.convert(&app, &other.reference("there", "v1"), &["--index", "--no-cache"]);
+    let there = other.reference("there", "v1");
+    fixture.registry.reset_stats();
+    fixture.convert(&app, &there, &["--index", "--no-cache"]);
+    let read_once = |registry: &TestRegistry| {
+        let stats = registry.stats();
+        assert_eq!((stats.blobs.len(), stats.duplicate_bytes), (3, 0), "config and two layers: {:#?}", stats.blobs);
+    };
+    read_once(&fixture.registry);
     let bytes = fixture.registry.manifest("app", "v1").unwrap().unwrap();
     let digest = Sha256::of(&bytes);
     assert_eq!(other.manifest("there", &digest.to_string()).unwrap(), Some(bytes.clone()));
@@ -130,6 +137,13 @@ fn the_original_comes_along_into_another_registry() {
         assert_eq!(other.contents("there", digest).unwrap(), fixture.registry.contents("app", digest).unwrap());
         assert!(other.contents("there", digest).unwrap().is_some());
     }
+    // Of what was converted before, the original alone is read.
+    let later = other.reference("later", "v1");
+    fixture.convert(&app, &later, &["--no-cache"]);
+    fixture.registry.reset_stats();
+    fixture.convert(&app, &later, &["--no-cache", "--index"]);
+    read_once(&fixture.registry);
+    assert_eq!(other.manifest("later", "v1").unwrap(), other.manifest("there", "v1").unwrap());
     // In a layout, which runtimes can read too.
     let layout = format!("oci:{}:v1", fixture.root.join("layout").display());
     fixture.convert(&app, &layout, &["--index"]);

@@ -13,6 +13,8 @@ use crate::reuse::Reuse;
 pub(super) struct Context {
     pub(super) options: Options,
     pub(super) destination: Destination,
+    /// `HOST/NAME` of the source in a registry: what its blobs can be linked from.
+    pub(super) source_repository: Option<String>,
     pub(super) reuse: Reuse,
     /// What the layer blobs are marked with.
     pub(super) settings: String,
@@ -34,11 +36,12 @@ impl Context {
     pub(super) fn new(
         options: Options,
         destination: Destination,
+        source_repository: Option<String>,
         reuse: Reuse,
         settings: String,
         progress: Arc<dyn Progress>,
     ) -> Self {
-        Self { options, destination, reuse, settings, progress, cancelled: Arc::default() }
+        Self { options, destination, source_repository, reuse, settings, progress, cancelled: Arc::default() }
     }
 
     pub(super) fn check_cancelled(&self) -> Result<()> {

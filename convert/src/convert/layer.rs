@@ -8,6 +8,7 @@ use ublkimg_registry::erofs_manifest::{LayerOrigin, LayerRef};
 use ublkimg_registry::{Digest, Pushed};
 
 use super::context::Context;
+use super::original::Copy;
 use super::{FinishedLayer, LayerSummary, Position};
 use crate::background;
 use crate::blob::{LayerBlob, from_image, write_layer_blob};
@@ -19,21 +20,29 @@ use crate::read_layer::read_layer;
 use crate::source::{LayerInput, SourceLayer};
 use crate::spool::Spool;
 
-/// Reads, converts and pushes one layer.
+/// Reads, converts and pushes one layer, and the layer itself if there is to be a copy of it.
 pub(super) async fn convert_layer(
     context: Arc<Context>,
     position: Position,
     layer: SourceLayer,
+    copy: Option<Copy>,
 ) -> Result<FinishedLayer> {
     let name = layer.name();
+    let of_layer = |error: Error| error.within(&name);
     let source = layer.digest;
-    let input = layer.open().await.map_err(|error| error.within(&name))?;
+    let mut input = layer.open().await.map_err(of_layer)?;
+    if let Some(copy) = &copy {
+        input = copy.of_input(input).map_err(of_layer)?;
+    }
     let blocking = {
         let context = Arc::clone(&context);
         move || read_and_write(&context, position, &layer, input)
     };
-    let written = background::run(blocking).await?.map_err(|error| error.within(&name))?;
+    let written = background::run(blocking).await?.map_err(of_layer)?;
     let (source_bytes, diff_id, LayerBlob { blob, index, metadata, record }) = written;
+    if let Some(copy) = copy {
+        copy.push(&context).await.map_err(of_layer)?;
+    }
     let task = position.task(Phase::Push);
     context.progress.start(&task, Some(blob.size_bytes));
     let pushed = context.destination.push(&blob).await?;

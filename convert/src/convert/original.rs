@@ -1,62 +1,110 @@
 //! The original image beside the converted one: its manifest, config and layers, byte for byte, in the destination.
 //!
-//! A blob that is there already, or can be linked from the source's repository, is not moved. Any other is copied through a
-//! file without a name, one at a time.
+//! A blob that is there already, or can be linked from the source's repository, is not moved. Of a layer that is converted,
+//! the bytes that are read for that are kept in a file without a name ([`Copy`]), so that the source is read once; one whose
+//! conversion was found is fetched for this alone.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Write as _};
+use std::path::PathBuf;
 
-use ublkimg_registry::BlobSource;
 use ublkimg_registry::descriptor::Descriptor;
+use ublkimg_registry::{BlobSource, Digest};
 
 use super::context::Context;
 use crate::background;
-use crate::destination::Destination;
 use crate::error::{Error, ErrorKind, Result};
-use crate::source::{Image, LayerInput, SourceLayer};
+use crate::source::{LayerInput, Original, SourceLayer};
 
-/// Makes the destination have the image as the source has it; `from` is the source's repository, `HOST/NAME`. Returns how
-/// an index lists it.
-///
-/// # Errors
-/// `Usage` for a source without a manifest; those of the source, the registry and `--tmpdir`.
-pub(super) async fn push(context: &Context, image: &Image, from: Option<&str>) -> Result<Descriptor> {
-    let destination = &context.destination;
-    let original = image.original.as_ref();
-    let original = original.ok_or_else(|| Error::new(ErrorKind::Usage, "the source has no manifest"))?;
-    for layer in &image.layers {
-        push_layer(context, destination, layer, from).await.map_err(|error| error.within(layer.name()))?;
-    }
-    let config = BlobSource::Bytes(original.config_bytes.clone().into());
-    destination.repository.push_blob(&original.config.digest, original.config.size, config, None).await?;
-    let media_type = &original.descriptor.media_type;
-    destination.repository.push_manifest(media_type, original.manifest.clone(), None).await?;
-    Ok(original.descriptor.clone())
+/// A layer as the source has it, on its way to the destination.
+pub(super) struct Copy {
+    digest: Digest,
+    size_bytes: u64,
+    file: File,
+    tmpdir: PathBuf,
 }
 
-async fn push_layer(
-    context: &Context,
-    destination: &Destination,
-    layer: &SourceLayer,
-    from: Option<&str>,
-) -> Result<()> {
-    let (Some(digest), Some(size_bytes)) = (layer.digest, layer.size_bytes) else {
-        return Err(Error::bad_source("a layer without digest and size"));
-    };
-    if destination.has(&digest, from).await? {
-        return Ok(());
+impl Copy {
+    /// `None` when the original is not wanted there, or the layer is there.
+    ///
+    /// # Errors
+    /// Those of the registry and `--tmpdir`.
+    pub(super) async fn begin(context: &Context, layer: &SourceLayer) -> Result<Option<Self>> {
+        if !context.options.keep_original {
+            return Ok(None);
+        }
+        let (Some(digest), Some(size_bytes)) = (layer.digest, layer.size_bytes) else {
+            return Err(Error::bad_source("a layer without digest and size"));
+        };
+        if context.destination.has(&digest, context.source_repository.as_deref()).await? {
+            return Ok(None);
+        }
+        let tmpdir = context.options.tmpdir.clone();
+        let file = tempfile::tempfile_in(&tmpdir).map_err(|error| failed(&tmpdir, error))?;
+        Ok(Some(Self { digest, size_bytes, file, tmpdir }))
     }
-    let LayerInput::Stream(mut stream) = layer.open().await? else {
-        return Err(Error::bad_source("a layer that is a directory"));
-    };
-    let dir = context.options.tmpdir.clone();
-    let copied = background::run(move || {
-        let failed = |error| Error::io(format!("temporary directory {}", dir.display()), error);
-        let mut file = tempfile::tempfile_in(&dir).map_err(failed)?;
-        io::copy(&mut stream, &mut file).map_err(failed)?;
-        Ok::<_, Error>(file)
-    });
-    let file = copied.await??;
-    let path = crate::blob::path_of(&file);
-    destination.repository.push_blob(&digest, size_bytes, BlobSource::File(path), None).await?;
-    Ok(())
+
+    /// The layer's bytes, of which each that is read is kept.
+    ///
+    /// # Errors
+    /// `BadSource` for a directory; `Io` without file descriptors.
+    pub(super) fn of_input(&self, input: LayerInput) -> Result<LayerInput> {
+        let LayerInput::Stream(inner) = input else {
+            return Err(Error::bad_source("a layer that is a directory"));
+        };
+        let file = self.file.try_clone().map_err(|error| failed(&self.tmpdir, error))?;
+        Ok(LayerInput::Stream(Box::new(Kept { inner, file, tmpdir: self.tmpdir.clone() })))
+    }
+
+    /// Reads all of the layer, for nothing else.
+    ///
+    /// # Errors
+    /// Those of the source and `--tmpdir`.
+    pub(super) async fn fetch(&self, layer: &SourceLayer) -> Result<()> {
+        let LayerInput::Stream(mut stream) = self.of_input(layer.open().await?)? else { return Ok(()) };
+        let copied = background::run(move || io::copy(&mut stream, &mut io::sink())).await?;
+        copied.map(drop).map_err(|error| Error::io("reading the layer", error))
+    }
+
+    /// Sends what was kept, once the layer was read to its end.
+    ///
+    /// # Errors
+    /// Those of the registry.
+    pub(super) async fn push(&self, context: &Context) -> Result<()> {
+        let source = BlobSource::File(crate::blob::path_of(&self.file));
+        context.destination.repository.push_blob(&self.digest, self.size_bytes, source, None).await?;
+        Ok(())
+    }
+}
+
+/// A stream whose bytes go into a file too.
+struct Kept {
+    inner: Box<dyn Read + Send>,
+    file: File,
+    tmpdir: PathBuf,
+}
+
+impl Read for Kept {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.file.write_all(&buffer[..count]).map_err(|error| io::Error::from(failed(&self.tmpdir, error)))?;
+        Ok(count)
+    }
+}
+
+fn failed(tmpdir: &std::path::Path, error: io::Error) -> Error {
+    Error::io(format!("temporary directory {}", tmpdir.display()), error)
+}
+
+/// Pushes the original's config and manifest, whose layers are there. Returns how an index lists it.
+///
+/// # Errors
+/// `Usage` for a source without a manifest; those of the registry.
+pub(super) async fn push(context: &Context, original: Option<&Original>) -> Result<Descriptor> {
+    let repository = &context.destination.repository;
+    let original = original.ok_or_else(|| Error::new(ErrorKind::Usage, "the source has no manifest"))?;
+    let config = BlobSource::Bytes(original.config_bytes.clone().into());
+    repository.push_blob(&original.config.digest, original.config.size, config, None).await?;
+    repository.push_manifest(&original.descriptor.media_type, original.manifest.clone(), None).await?;
+    Ok(original.descriptor.clone())
 }
