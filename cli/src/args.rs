@@ -85,6 +85,8 @@ pub(crate) enum Command {
     Trace(trace::Trace),
     /// Look at, check, and make room in the store of this host
     Cache(cache::Cache),
+    /// Print what the daemon has done, for Prometheus
+    Metrics(Metrics),
     /// Say what this host has and lacks
     Doctor(Doctor),
     /// Run the daemon that serves the devices (`add` starts it when needed)
@@ -443,6 +445,13 @@ pub(crate) struct Export {
     pub(crate) platform: Option<String>,
     #[command(flatten)]
     pub(crate) registry: RegistryOptions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Metrics {
+    /// Write them to this file, whole at once, as the textfile collector of node_exporter wants it (default: stdout)
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

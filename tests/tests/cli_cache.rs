@@ -136,3 +136,42 @@ fn no_secret_is_written_anywhere() {
     }
     host.end();
 }
+
+#[test]
+fn metrics_say_what_was_read_and_fetched() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let metrics = || host.ublkimg(&["metrics"]).success().stdout;
+    assert!(metrics().contains("\nublkimg_up 0"), "{}", metrics());
+    let mount = host.mounted("sample");
+    let read = std::process::Command::new("tar").arg("-cf").arg("-").arg(&mount).output().unwrap();
+    assert!(read.status.success());
+    let page = metrics();
+    // Every sample has a name that was announced, and a number.
+    let mut announced = Vec::new();
+    for line in page.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            announced.push(rest.split_once(' ').unwrap().0.to_owned());
+        } else if !line.starts_with('#') {
+            let (sample, value) = line.rsplit_once(' ').unwrap();
+            let name = sample.split('{').next().unwrap();
+            assert_eq!(announced.last().map(String::as_str), Some(name), "{line}");
+            assert!(value.parse::<f64>().is_ok(), "{line}");
+        }
+    }
+    let value = |sample: &str| -> f64 {
+        let line =
+            page.lines().find(|line| line.starts_with(sample)).unwrap_or_else(|| panic!("no {sample} in\n{page}"));
+        line.rsplit_once(' ').unwrap().1.parse().unwrap()
+    };
+    assert!(value("ublkimg_read_bytes_total{name=\"sample-v1\"}") > 0.0);
+    assert!(value("ublkimg_fetched_bytes_total{name=\"sample-v1\"}") > 0.0);
+    assert!(value("ublkimg_reads_total{name=\"sample-v1\",result=\"miss\"}") > 0.0);
+    assert!(value("ublkimg_store_bytes") > 0.0);
+    let file = host.root.join("ublkimg.prom");
+    host.ublkimg(&["metrics", "-o", file.to_str().unwrap()]).success();
+    assert!(std::fs::read_to_string(&file).unwrap().contains("ublkimg_up 1\n"));
+    host.end();
+}

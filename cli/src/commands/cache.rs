@@ -35,7 +35,7 @@ pub(super) fn run(global: &Global, command: &Cache) -> anyhow::Result<()> {
     }
 }
 
-fn ask(global: &Global, request: CacheRequest) -> anyhow::Result<CacheAnswer> {
+pub(super) fn ask(global: &Global, request: CacheRequest) -> anyhow::Result<CacheAnswer> {
     let directories = super::directories(global)?;
     match client::ask(&directories, &Request::Cache(request.clone()), TIMEOUT)? {
         Some(Answer::Cache(answer)) => return Ok(answer),

@@ -16,6 +16,7 @@ mod image_config;
 mod inspect;
 mod local;
 mod ls;
+mod metrics;
 mod mount_helper;
 mod mount_into;
 mod optimize;
@@ -58,6 +59,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Optimize(command) => optimize::run(&command),
         Command::Trace(command) => trace::run(&command),
         Command::Cache(command) => cache::run(global, &command),
+        Command::Metrics(command) => metrics::run(global, &command),
         Command::Doctor(command) => doctor::run(&command),
         Command::Daemon(command) => daemon::run(global, &command),
         Command::Docs(command) => docs::run(&command),
