@@ -101,6 +101,18 @@ fn every_byte_of_the_device_is_the_images() {
 }
 
 #[test]
+fn there_are_so_many_images_and_then_no_more() {
+    let rig = Rig::new();
+    let location = rig.push(&two_layers(), "v1");
+    let mut loaded: Vec<_> = (0..crate::engine::IMAGES_MAX).map(|_| rig.attach(&location).unwrap()).collect();
+    let refused = rig.attach(&location).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Busy);
+    assert!(refused.chain().contains("remove one first"), "{}", refused.chain());
+    loaded.pop();
+    rig.attach(&location).unwrap();
+}
+
+#[test]
 fn past_the_end_there_are_zeros() {
     let rig = Rig::new();
     let image = two_layers();
