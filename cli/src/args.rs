@@ -469,6 +469,10 @@ pub(crate) struct Daemon {
     /// With --stop: leave the devices to the next daemon; their readers wait for it
     #[arg(long, requires = "stop")]
     pub(crate) keep_devices: bool,
+    /// Have this program take over the devices of the daemon that runs, with that daemon's options; readers see no error, and
+    /// if it fails the old daemon serves on
+    #[arg(long, conflicts_with = "stop")]
+    pub(crate) takeover: bool,
     /// How much room the store may take
     #[command(flatten)]
     pub(crate) limits: cache::LimitArguments,
@@ -482,6 +486,9 @@ pub(crate) struct Daemon {
     /// Be the server, without a guard
     #[arg(long, hide = true)]
     pub(crate) server: bool,
+    /// Be the guard of the server with this process id, which this process has started as another program
+    #[arg(long, hide = true, conflicts_with_all = ["stop", "server", "takeover"])]
+    pub(crate) guard_of: Option<u32>,
 }
 
 #[derive(Debug, Args)]

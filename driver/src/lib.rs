@@ -1,6 +1,7 @@
 //! The running system: store, fetcher, devices, mounts, daemon and recovery.
 
 pub mod attach;
+mod capabilities;
 pub mod counters;
 pub mod daemon;
 mod decode;

@@ -96,7 +96,7 @@ else
     "$here/run-uml.sh" "$here/lanes/$1" --mem 3G --timeout "$2" -- "/mnt/host$bin" "/mnt/host$3" "$4"
   }
 fi
-full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-giveup" "$where-corrupt" "$where-latency" "$where-profile" "$where-soak" "$where-kills")
+full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-giveup" "$where-takeover" "$where-service" "$where-rights" "$where-corrupt" "$where-latency" "$where-profile" "$where-soak" "$where-kills")
 # The workspace's own tests of devices. On a host with ublk cargo has run them already.
 test_lanes=()
 [[ $where == host ]] || test_lanes=(uml-test-ublk uml-test-processes uml-test-cli_add uml-test-cli_daemon uml-test-cli_cache uml-test-cli_bundle)
@@ -146,7 +146,7 @@ prepare_kernels() {
 if [[ -n $have_images ]] && prepare kernels qemu-6.12 qemu-7.2; then
   for version in 6.12 7.2; do
     # What takes time is left out: where a processor is emulated, it tells nothing.
-    ! is_wanted "qemu-$version" || lane "qemu-$version" run_stock "$version" 420 1G "$images" 'tree one' shared restart corrupt
+    ! is_wanted "qemu-$version" || lane "qemu-$version" run_stock "$version" 420 1G "$images" 'tree one' shared restart corrupt rights
     if [[ -n $full ]] && is_wanted "qemu-$version-demo-image" && prepare demo_image "qemu-$version-demo-image"; then
       lane "qemu-$version-demo-image" run_stock "$version" 1200 3G "$demo_images" 'tree demo'
     fi

@@ -4,8 +4,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use ublkimg_driver::daemon::guard::{GuardOptions, Role};
 use ublkimg_driver::daemon::protocol::{Limits, Request};
-use ublkimg_driver::daemon::{Directories, ServerOptions, client, guard, run_server};
+use ublkimg_driver::daemon::{Directories, ServerOptions, client, guard, run_server, takeover};
 use ublkimg_driver::error::{Error, ErrorKind};
 
 use crate::args::cache::LimitArguments;
@@ -20,23 +21,29 @@ pub(super) fn run(global: &Global, command: &Daemon) -> anyhow::Result<()> {
         return stop(&directories, command.keep_devices);
     }
     if command.server {
-        return Ok(run_server(ServerOptions { directories, limits: limits(command) })?);
+        let (limits, takes_over) = (limits(command), command.takeover);
+        return Ok(run_server(ServerOptions { directories, limits, takes_over })?);
+    }
+    if command.takeover {
+        return Ok(takeover::request(&directories, &std::env::current_exe()?)?);
     }
     if command.background {
         // Fails only for a process group leader, which then has a session already.
         let _ = rustix::process::setsid();
         let _ = std::env::set_current_dir("/");
     }
-    let executable = std::env::current_exe()?;
-    let outcome = guard::run(&directories, command.recovery_timeout, || {
-        let mut server = std::process::Command::new(&executable);
-        pass_global(&mut server, &directories, &global.log);
-        server.args(["daemon", "--server"]);
-        let LimitArguments { cache_limit, free_floor } = command.limits;
-        for (name, bytes) in [("--cache-limit", cache_limit), ("--free-floor", free_floor)] {
-            server.args(bytes.into_iter().flat_map(|bytes| [name.to_owned(), bytes.to_string()]));
-        }
-        server.into()
+    let options = GuardOptions { recovery_timeout: command.recovery_timeout, server_pid: command.guard_of };
+    let outcome = guard::run(&directories, &options, &|program, role| {
+        let mut made = Command::new(program);
+        pass_global(&mut made, &directories, &global.log);
+        made.arg("daemon");
+        match role {
+            Role::Server => made.arg("--server"),
+            Role::Successor => made.args(["--server", "--takeover"]),
+            Role::Guard { server_pid } => made.args(["--guard-of", &server_pid.to_string()]),
+        };
+        pass_limits(&mut made, command);
+        made
     })?;
     if outcome == guard::Outcome::AlreadyRunning {
         tracing::warn!("a daemon runs already for {}", directories.run.display());
@@ -68,6 +75,15 @@ pub(super) fn background(executable: &Path, global: &Global, directories: &Direc
     pass_global(&mut command, directories, &global.log);
     command.args(["daemon", "--background"]);
     command
+}
+
+/// What a daemon of a new program is to keep to as well.
+fn pass_limits(made: &mut Command, command: &Daemon) {
+    let LimitArguments { cache_limit, free_floor } = command.limits;
+    for (name, bytes) in [("--cache-limit", cache_limit), ("--free-floor", free_floor)] {
+        made.args(bytes.into_iter().flat_map(|bytes| [name.to_owned(), bytes.to_string()]));
+    }
+    made.args(["--recovery-timeout".to_owned(), format!("{}ms", command.recovery_timeout.as_millis())]);
 }
 
 fn pass_global(command: &mut Command, directories: &Directories, log: &str) {

@@ -38,7 +38,7 @@ mod profile;
 mod turn;
 
 use plan::PlannedLayer;
-use prepare::{Prepared, PreparedBlob};
+use prepare::{CheckedImage, PreparedBlob};
 use profile::Profile;
 pub use profile::{KeptProfile, LoadedProfile, ProfileSource};
 use turn::Turn;
@@ -100,7 +100,8 @@ pub async fn attach(
 ) -> Result<LoadedImage> {
     let known = known::known(store, location).await;
     let attached = async {
-        let attaching = Attaching::new(store, engine, location, options).await?;
+        let repository = open(location, options).await?;
+        let attaching = Attaching::new(store, engine, location, repository, options).await?;
         let named = match &known {
             None => attaching.resolve(&options.platform).await?,
             Some(known) => match attaching.resolve_soon(&options.platform).await {
@@ -119,7 +120,8 @@ pub async fn attach(
         };
         let profile = attaching.profile(&named, options);
         let ((manifest, blob), profile) = tokio::try_join!(image, profile)?;
-        let loaded = attaching.serve(named.digest, manifest, blob, profile).await?;
+        let checked = attaching.check(&manifest, blob).await?;
+        let loaded = attaching.serve(named.digest, manifest, checked, profile).await?;
         known::keep(store, location, &loaded).await;
         Ok(loaded)
     };
@@ -129,6 +131,60 @@ pub async fn attach(
     };
     let attached = tokio::time::timeout(options.attach_deadline, attached).await;
     attached.map_err(|_| timed_out())?.map_err(|error| about(location, error))
+}
+
+/// An image that was attached before, as far as it can be opened beside the process that owns the store.
+#[derive(Debug)]
+pub(crate) struct KnownImage {
+    location: Location,
+    repository: Repository,
+    manifest_digest: Digest,
+    manifest: ErofsManifest,
+    checked: CheckedImage,
+}
+
+impl KnownImage {
+    /// Finds an image in the store, and checks it. `location` is where its chunks are fetched from.
+    pub(crate) async fn open(
+        store: &Arc<Store>,
+        location: &Location,
+        manifest_digest: Digest,
+        options: &AttachOptions,
+    ) -> Result<Self> {
+        let repository = open(location, options).await?;
+        let of_blocking = Arc::clone(store);
+        let (manifest, checked) = blocking(move || {
+            let not_here = |digest: Digest| Error::new(ErrorKind::NotFound, format!("{digest} is not in the store"));
+            let object = |digest: Digest| of_blocking.object(Sha256(digest.0))?.ok_or_else(|| not_here(digest));
+            let manifest = parse(manifest_digest, &object(manifest_digest)?)?;
+            let blob = object(manifest.metadata.digest)?;
+            let checked = CheckedImage::new(&of_blocking, &manifest, &blob)?;
+            Ok((manifest, checked))
+        })
+        .await?;
+        Ok(Self { location: location.clone(), repository, manifest_digest, manifest, checked })
+    }
+
+    /// The digest of its manifest.
+    pub(crate) fn manifest_digest(&self) -> Digest {
+        self.manifest_digest
+    }
+
+    /// The rest of [`reopen`], by the owner of the store.
+    pub(crate) async fn attach(
+        self,
+        store: &Arc<Store>,
+        engine: &Engine,
+        profile: Option<&KeptProfile>,
+        options: &AttachOptions,
+    ) -> Result<LoadedImage> {
+        let attaching = Attaching::new(store, engine, &self.location, self.repository, options).await?;
+        let profile = match profile {
+            Some(kept) => attaching.kept_profile(self.manifest_digest, kept).await,
+            None => None,
+        };
+        attaching.serve(self.manifest_digest, self.manifest, self.checked, profile).await
+    }
 }
 
 /// Attaches an image that was attached before, without the registry; `location` is where its chunks are fetched from,
@@ -144,17 +200,17 @@ pub async fn reopen(
     profile: Option<&KeptProfile>,
     options: &AttachOptions,
 ) -> Result<LoadedImage> {
-    let attaching = Attaching::new(store, engine, location, options).await?;
-    let not_here = |digest: Digest| Error::new(ErrorKind::NotFound, format!("{digest} is not in the store"));
-    let manifest = attaching.stored(manifest_digest).await?.ok_or_else(|| not_here(manifest_digest))?;
-    let manifest = parse(manifest_digest, &manifest)?;
-    let digest = manifest.metadata.digest;
-    let blob = attaching.stored(digest).await?.ok_or_else(|| not_here(digest))?;
-    let profile = match profile {
-        Some(kept) => attaching.kept_profile(manifest_digest, kept).await,
-        None => None,
-    };
-    attaching.serve(manifest_digest, manifest, blob, profile).await
+    KnownImage::open(store, location, manifest_digest, options).await?.attach(store, engine, profile, options).await
+}
+
+/// What `options` say of the registry.
+fn client(options: &AttachOptions) -> ClientOptions {
+    ClientOptions { retry_deadline: options.attach_deadline, ..options.client.clone() }
+}
+
+async fn open(location: &Location, options: &AttachOptions) -> Result<Repository> {
+    let repository = Repository::open(location, &client(options)).await;
+    repository.map_err(|error| Error::registry(format!("open {location}"), error))
 }
 
 /// What a location names.
@@ -186,13 +242,11 @@ impl<'a> Attaching<'a> {
         store: &'a Arc<Store>,
         engine: &'a Engine,
         location: &'a Location,
+        repository: Repository,
         options: &AttachOptions,
     ) -> Result<Self> {
-        let client = ClientOptions { retry_deadline: options.attach_deadline, ..options.client.clone() };
-        let repository = Repository::open(location, &client).await;
-        let repository = repository.map_err(|error| Error::registry(format!("open {location}"), error))?;
         let (attached, receiver) = watch::channel(());
-        let attachment = engine.handle().add_image(link_name(location, &client), attached).await?;
+        let attachment = engine.handle().add_image(link_name(location, &options.client), attached).await?;
         Ok(Self {
             store,
             location,
@@ -303,16 +357,21 @@ impl<'a> Attaching<'a> {
         Ok(blob)
     }
 
+    async fn check(&self, manifest: &ErofsManifest, metadata_blob: Bytes) -> Result<CheckedImage> {
+        let (store, manifest) = (Arc::clone(self.store), manifest.clone());
+        blocking(move || CheckedImage::new(&store, &manifest, &metadata_blob)).await
+    }
+
     /// The last step: the blobs are made known to the engine, and the image can be read.
     async fn serve(
         self,
         manifest_digest: Digest,
         manifest: ErofsManifest,
-        metadata_blob: Bytes,
+        checked: CheckedImage,
         profile: Option<Profile>,
     ) -> Result<LoadedImage> {
         let (store, of_blocking) = (Arc::clone(self.store), manifest.clone());
-        let prepared = blocking(move || Prepared::new(&store, &of_blocking, &metadata_blob)).await?;
+        let prepared = blocking(move || checked.open(&store, &of_blocking)).await?;
         let new_blob = |(blob, digest): (&PreparedBlob, Digest)| NewBlob {
             kind: BlobKind::Layer,
             file: Arc::clone(&blob.file),

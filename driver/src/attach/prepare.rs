@@ -24,7 +24,15 @@ const METADATA_RAW_BYTES_MAX: u64 = 1 << 30;
 /// Bytes of a stored metadata image that are compared at a time.
 const COMPARE_BYTES: usize = 1 << 20;
 
-/// A checked image with its files open.
+/// A checked image: its metadata open, its chunk indexes known.
+#[derive(Debug)]
+pub(super) struct CheckedImage {
+    metadata: std::fs::File,
+    metadata_blocks: u32,
+    layers: Vec<BundledLayer>,
+}
+
+/// A checked image with all its files open.
 pub(super) struct Prepared {
     pub(super) metadata: std::fs::File,
     pub(super) metadata_blocks: u32,
@@ -38,7 +46,7 @@ pub(super) struct PreparedBlob {
     pub(super) entries: Vec<ChunkEntry>,
 }
 
-impl Prepared {
+impl CheckedImage {
     /// `blob` is the metadata blob, which has the digest that the manifest names.
     pub(super) fn new(store: &Store, manifest: &ErofsManifest, blob: &[u8]) -> Result<Self> {
         let digest = manifest.metadata.digest;
@@ -59,9 +67,14 @@ impl Prepared {
         let block0 = metadata.first_chunk_mut::<BLOCK_SIZE>().ok_or_else(|| corrupt("empty"))?;
         *block0 = flat_block0(block0, total_blocks).map_err(|error| bad_format(digest, error))?;
         let metadata = open_metadata(store, Sha256(digest.0), &metadata)?;
-        let blobs = bundle.layers.into_iter().zip(&manifest.layers);
+        Ok(Self { metadata, metadata_blocks: geometry.metadata_blocks, layers: bundle.layers })
+    }
+
+    /// Opens the blob files. For the owner of the store.
+    pub(super) fn open(self, store: &Store, manifest: &ErofsManifest) -> Result<Prepared> {
+        let blobs = self.layers.into_iter().zip(&manifest.layers);
         let blobs = blobs.map(|(bundled, layer)| PreparedBlob::open(store, bundled, layer)).collect::<Result<_>>()?;
-        Ok(Self { metadata, metadata_blocks: geometry.metadata_blocks, blobs })
+        Ok(Prepared { metadata: self.metadata, metadata_blocks: self.metadata_blocks, blobs })
     }
 }
 

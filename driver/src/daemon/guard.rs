@@ -8,23 +8,32 @@
 //! A guard that is started while a server of a killed guard still runs watches that server instead of starting a second:
 //! nobody notices the change. A server makes its socket when it has its devices back, and removes it when it ends well:
 //! so the socket tells a server that served from one that did not, and the end of a watched server, whose exit code is not
-//! ours to see, from its death. Invariant: at most one guard per run directory (a file lock), at most
-//! one server per root (the store's lock). A root whose server belongs to another run directory is left to that one.
+//! ours to see, from its death.
+//!
+//! When asked to ([`takeover`]), it has the server of another program take over, and then becomes that program itself: the
+//! process stays the same, which is what service managers go by.
+//!
+//! Invariant: at most one guard per run directory (a file lock, with its process id in the file), at most one server per
+//! root (the store's lock). A root whose server belongs to another run directory is left to that one.
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::process::ExitStatus;
+use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
-use tokio::process::Command;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::protocol::{Answer, Request};
+use super::protocol::{Answer, Fault, Request};
+use super::server_process::{ServerProcess, pid, process_lives};
 use super::state::{DeviceRecord, Records, boot_id};
-use super::{Directories, client};
-use crate::device::ublk;
+use super::{Directories, client, notify, takeover};
+use crate::device::{Transport, ublk};
 use crate::error::{Error, ErrorKind, Result};
+use crate::kernel;
 
 /// A server that serves may die this often within [`CRASH_WINDOW`]: often enough for somebody who kills it again and
 /// again, and a reader whose read kills it gets its error within seconds.
@@ -45,6 +54,15 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a server may take to answer a ping when a guard looks for one that is there already.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a new program may prepare its takeover.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// How often it is looked whether it serves.
+const TAKEOVER_POLL: Duration = Duration::from_millis(10);
+
+/// This process's own program, also when its file was replaced.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+
 /// How a guard ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -54,36 +72,81 @@ pub enum Outcome {
     Stopped,
 }
 
-/// Runs until the server ends well. `server_command` makes the command of a server in the foreground. When no server has
-/// come to serve for `recovery_timeout`, devices are given up.
+/// What a program is started as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A server in the foreground.
+    Server,
+    /// A server that takes over from the one that serves.
+    Successor,
+    /// The guard of the server with this process id, in place of this process.
+    Guard {
+        /// The server's.
+        server_pid: u32,
+    },
+}
+
+/// Makes the command of a program in a role.
+pub type MakeCommand<'a> = dyn Fn(&Path, Role) -> Command + 'a;
+
+/// What a guard is started with.
+#[derive(Debug)]
+pub struct GuardOptions {
+    /// How long readers wait for a server when none comes to serve.
+    pub recovery_timeout: Duration,
+    /// The server that this process has started as another program.
+    pub server_pid: Option<u32>,
+}
+
+/// Runs until the server ends well. When no server has come to serve for so long, devices are given up.
 ///
 /// # Errors
 /// The server cannot be kept up; its devices have then been deleted. The kind is that of the server's exit code, or
 /// [`ErrorKind::TimedOut`].
-pub fn run(
-    directories: &Directories,
-    recovery_timeout: Duration,
-    mut server_command: impl FnMut() -> Command,
-) -> Result<Outcome> {
+pub fn run(directories: &Directories, options: &GuardOptions, make_command: &MakeCommand<'_>) -> Result<Outcome> {
     directories.create().map_err(|(path, error)| Error::io(format!("cannot create {}", path.display()), error))?;
     let Some(lock) = lock(directories)? else { return Ok(Outcome::AlreadyRunning) };
     // Until the process has ended, not only until this returns: that is what whoever waits for the lock waits for.
     std::mem::forget(lock);
+    let program = std::env::current_exe().map_err(|error| Error::io("cannot find our own program", error))?;
+    // Servers have no right to load modules. Whether any transport works is asked again when one is needed.
+    if let Err(error) = kernel::choose(Transport::Auto) {
+        tracing::debug!("{}", error.chain());
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::io("cannot start the guard".to_owned(), error))?;
-    runtime.block_on(watch(directories, recovery_timeout, &mut server_command))
+    runtime.block_on(async {
+        let failures = Failures::new(options.recovery_timeout);
+        let mut guard = Guard { directories, make_command, program, signals: Signals::new()?, failures };
+        if options.server_pid.is_some() {
+            takeover::report(directories, &takeover::Outcome::Done);
+        }
+        let ready = notify::when(|| directories.socket().exists() && server_on(directories).is_some());
+        let watching = guard.watch(options.server_pid);
+        tokio::pin!(watching);
+        tokio::select! {
+            outcome = &mut watching => return outcome,
+            () = ready => {}
+        }
+        watching.await
+    })
 }
 
 fn lock(directories: &Directories) -> Result<Option<File>> {
     let path = directories.guard_lock();
-    let file = File::create(&path).map_err(|error| Error::io(format!("cannot create {}", path.display()), error))?;
+    let cannot = |error| Error::io(format!("cannot write {}", path.display()), error);
+    let mut file = File::options().write(true).create(true).truncate(false).open(&path).map_err(cannot)?;
     match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(std::fs::TryLockError::WouldBlock) => Ok(None),
-        Err(std::fs::TryLockError::Error(error)) => Err(Error::io(format!("cannot lock {}", path.display()), error)),
+        Ok(()) => {}
+        Err(std::fs::TryLockError::WouldBlock) => return Ok(None),
+        Err(std::fs::TryLockError::Error(error)) => {
+            return Err(Error::io(format!("cannot lock {}", path.display()), error));
+        }
     }
+    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(cannot)?;
+    Ok(Some(file))
 }
 
 /// Whether a guard is at work.
@@ -93,48 +156,203 @@ pub fn is_running(directories: &Directories) -> bool {
         .is_ok_and(|file| matches!(file.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock)))
 }
 
-async fn watch(
-    directories: &Directories,
-    recovery_timeout: Duration,
-    server_command: &mut impl FnMut() -> Command,
-) -> Result<Outcome> {
-    let mut stop = StopSignals::new()?;
-    let mut failures = Failures::new(recovery_timeout);
-    loop {
-        if adopt(directories, &mut stop).await {
-            if stop.seen || !directories.socket().exists() {
-                return Ok(Outcome::Stopped);
+/// The guard that is at work.
+pub(super) fn running(directories: &Directories) -> Option<rustix::process::Pid> {
+    let mut text = String::new();
+    File::open(directories.guard_lock()).and_then(|file| file.take(32).read_to_string(&mut text)).ok()?;
+    is_running(directories).then(|| text.trim().parse().ok().and_then(pid)).flatten()
+}
+
+struct Guard<'a> {
+    directories: &'a Directories,
+    make_command: &'a MakeCommand<'a>,
+    /// Where our program was when we were started.
+    program: PathBuf,
+    signals: Signals,
+    failures: Failures,
+}
+
+/// What became of a server.
+enum Attended {
+    /// It ended as it was asked to.
+    Stopped,
+    /// It ended otherwise.
+    Failed { kind: ErrorKind, how: String },
+    /// This one serves in its place.
+    Replaced(ServerProcess),
+}
+
+impl Guard<'_> {
+    async fn watch(&mut self, server_pid: Option<u32>) -> Result<Outcome> {
+        let mut next = server_pid.and_then(ServerProcess::watch);
+        loop {
+            let mut server = match next.take().or_else(|| self.serving()) {
+                Some(server) => server,
+                None => {
+                    let _ = std::fs::remove_file(self.directories.socket());
+                    ServerProcess::start((self.make_command)(&self.own_program(), Role::Server))?
+                }
+            };
+            match self.attend(&mut server).await {
+                Attended::Stopped => return Ok(Outcome::Stopped),
+                Attended::Replaced(successor) => next = Some(successor),
+                Attended::Failed { kind, how } => {
+                    tracing::error!("the server ended: {how}");
+                    self.failures.note(self.directories.socket().exists());
+                    if self.failures.too_many() || self.nothing_waits(kind)? {
+                        delete_devices(self.directories)?;
+                        return Err(Error::new(kind, format!("the server does not stay up ({how})")));
+                    }
+                    tokio::time::sleep(self.failures.pause()).await;
+                }
             }
-            failures.note(true);
         }
-        let _ = std::fs::remove_file(directories.socket());
-        let ended = run_server(directories, server_command(), failures.give_up_at(), &mut stop).await?;
-        if stop.seen || ended.is_some_and(|status| status.success()) {
-            return Ok(Outcome::Stopped);
-        }
-        failures.note(directories.socket().exists());
-        let (kind, how) = match ended {
-            Some(status) => {
-                (status.code().and_then(ErrorKind::from_exit_code).unwrap_or(ErrorKind::Internal), status.to_string())
+    }
+
+    /// Waits for the end of a server; ends it, or has it replaced, when asked to.
+    async fn attend(&mut self, server: &mut ServerProcess) -> Attended {
+        loop {
+            tokio::select! {
+                status = server.ended() => return how_it_ended(self.directories, status),
+                () = no_server_by(self.failures.give_up_at(), self.directories) => {
+                    server.kill();
+                    let _ = tokio::time::timeout(KILL_TIMEOUT, server.ended()).await;
+                    let how = "killed, since it did not come to serve".to_owned();
+                    return Attended::Failed { kind: ErrorKind::TimedOut, how };
+                }
+                () = self.signals.wait() => {}
             }
-            None => (ErrorKind::TimedOut, "killed, since it did not come to serve".to_owned()),
+            if self.signals.stop_seen {
+                server.terminate();
+                let _ = server.ended().await;
+                return Attended::Stopped;
+            }
+            let Some(program) = takeover::requested(self.directories) else { continue };
+            match self.take_over(server, &program).await {
+                Takeover::Done(successor) => {
+                    self.become_program(&program, &successor);
+                    return Attended::Replaced(successor);
+                }
+                Takeover::Failed { kind, how, old_ended } => {
+                    tracing::error!("takeover by {}: {how}", program.display());
+                    let after = if old_ended { "is started again" } else { "serves on" };
+                    let message = format!("takeover by {}: {how}; the old one {after}", program.display());
+                    takeover::report(self.directories, &takeover::Outcome::Failed(Fault { kind, message }));
+                    if old_ended {
+                        return Attended::Failed { kind, how };
+                    }
+                }
+            }
+        }
+    }
+
+    /// Has a server of another program take over from ours. See [`takeover`].
+    async fn take_over(&mut self, old: &mut ServerProcess, program: &Path) -> Takeover {
+        tracing::info!("takeover by {}", program.display());
+        let failed = |kind, how, old_ended| Takeover::Failed { kind, how, old_ended };
+        let mut new = match ServerProcess::start((self.make_command)(program, Role::Successor)) {
+            Ok(new) => new,
+            Err(error) => return failed(error.kind(), error.chain(), false),
         };
-        tracing::error!("the server ended: {how}");
-        if failures.too_many() || nothing_waits(directories, &failures, kind)? {
-            delete_devices(directories)?;
-            return Err(Error::new(kind, format!("the server does not stay up ({how})")));
+        let (mut old_ended, mut deadline) = (false, Instant::now() + PREPARE_TIMEOUT);
+        loop {
+            tokio::select! {
+                status = new.ended() => {
+                    let how = status.map_or_else(|| "gone".to_owned(), |status| status.to_string());
+                    return failed(kind_of(status), format!("its server ended: {how}, see the log"), old_ended);
+                }
+                _ = old.ended(), if !old_ended => {
+                    old_ended = true;
+                    deadline = Instant::now() + self.failures.recovery_timeout;
+                }
+                () = self.signals.wait() => {
+                    if self.signals.stop_seen {
+                        new.kill();
+                        let _ = new.ended().await;
+                        return failed(ErrorKind::Busy, "the daemon is to end".to_owned(), old_ended);
+                    }
+                }
+                () = tokio::time::sleep(TAKEOVER_POLL) => {
+                    if old_ended && server_on(self.directories) == Some(new.id()) {
+                        return Takeover::Done(new);
+                    }
+                    if Instant::now() > deadline {
+                        new.kill();
+                        let _ = tokio::time::timeout(KILL_TIMEOUT, new.ended()).await;
+                        return failed(ErrorKind::TimedOut, "its server did not come to serve".to_owned(), old_ended);
+                    }
+                }
+            }
         }
-        tokio::time::sleep(failures.pause()).await;
+    }
+
+    /// Becomes the guard of that program. Returns only if that cannot be.
+    fn become_program(&self, program: &Path, server: &ServerProcess) {
+        let error = (self.make_command)(program, Role::Guard { server_pid: server.id() }).exec();
+        tracing::error!("the guard stays of the old version: cannot become {}: {error}", program.display());
+        takeover::report(self.directories, &takeover::Outcome::Done);
+    }
+
+    /// The server that is there.
+    fn serving(&self) -> Option<ServerProcess> {
+        let server = server_on(self.directories).and_then(ServerProcess::watch)?;
+        tracing::info!(pid = server.id(), "watching the server that is there");
+        Some(server)
+    }
+
+    /// The path of our program; another way to it when another file is there now.
+    fn own_program(&self) -> PathBuf {
+        let same = |a: std::fs::Metadata, b: std::fs::Metadata| a.dev() == b.dev() && a.ino() == b.ino();
+        let own = self.program.metadata().and_then(|at_path| Ok(same(at_path, Path::new(OWN_PROGRAM).metadata()?)));
+        if own.unwrap_or(false) { self.program.clone() } else { PathBuf::from(OWN_PROGRAM) }
+    }
+
+    /// Whether there is no point in trying again: who waits for a first server is told at once why there is none.
+    fn nothing_waits(&self, kind: ErrorKind) -> Result<bool> {
+        // Another server has the root. If it is one of ours that was just coming up, it is watched from now on.
+        if kind == ErrorKind::Busy {
+            return Ok(server_on(self.directories).is_none() && waiting_devices(self.directories)?.is_empty());
+        }
+        let records = Records::new(self.directories.devices());
+        Ok(self.failures.starts > 0 && records.read_all()?.is_empty())
     }
 }
 
-/// Whether there is no point in trying again: who waits for a first server is told at once why there is none.
-fn nothing_waits(directories: &Directories, failures: &Failures, kind: ErrorKind) -> Result<bool> {
-    // Another server has the root. If it is one of ours that was just coming up, it is watched from now on.
-    if kind == ErrorKind::Busy {
-        return Ok(!answers(directories) && waiting_devices(directories)?.is_empty());
+/// How a takeover ended.
+enum Takeover {
+    /// This one serves.
+    Done(ServerProcess),
+    /// The old one serves on, unless it has ended.
+    Failed { kind: ErrorKind, how: String, old_ended: bool },
+}
+
+fn how_it_ended(directories: &Directories, status: Option<ExitStatus>) -> Attended {
+    let is_well = status.map_or(!directories.socket().exists(), |status| status.success());
+    if is_well {
+        return Attended::Stopped;
     }
-    Ok(failures.starts > 0 && Records::new(directories.devices()).read_all()?.is_empty())
+    let how = status.map_or_else(|| "a server of another guard".to_owned(), |status| status.to_string());
+    Attended::Failed { kind: kind_of(status), how }
+}
+
+fn kind_of(status: Option<ExitStatus>) -> ErrorKind {
+    status.and_then(|status| status.code()).and_then(ErrorKind::from_exit_code).unwrap_or(ErrorKind::Internal)
+}
+
+/// The server that answers on our socket.
+fn server_on(directories: &Directories) -> Option<u32> {
+    match client::ask(directories, &Request::Ping, PING_TIMEOUT) {
+        Ok(Some(Answer::Pong { pid })) => Some(pid),
+        _ => None,
+    }
+}
+
+/// Ends at that time, unless there is a server by then.
+async fn no_server_by(give_up_at: Instant, directories: &Directories) {
+    tokio::time::sleep_until(give_up_at.into()).await;
+    if directories.socket().exists() {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// How servers have failed lately.
@@ -181,74 +399,6 @@ impl Failures {
     }
 }
 
-/// Whether a server answers on our socket.
-fn answers(directories: &Directories) -> bool {
-    matches!(client::ask(directories, &Request::Ping, PING_TIMEOUT), Ok(Some(_)))
-}
-
-/// Starts one server and waits until it ends, passing a stop signal on to it. One that does not serve by `give_up_at` is
-/// killed: then there is no status.
-async fn run_server(
-    directories: &Directories,
-    mut command: Command,
-    give_up_at: Instant,
-    stop: &mut StopSignals,
-) -> Result<Option<ExitStatus>> {
-    let cannot_wait = |error| Error::io("cannot wait for the server".to_owned(), error);
-    let mut child = command.spawn().map_err(|error| Error::io("cannot start the server".to_owned(), error))?;
-    tokio::select! {
-        status = child.wait() => return status.map(Some).map_err(cannot_wait),
-        () = no_server_by(give_up_at, directories) => {
-            child.start_kill().map_err(cannot_wait)?;
-            let _ = tokio::time::timeout(KILL_TIMEOUT, child.wait()).await;
-            return Ok(None);
-        }
-        () = stop.wait() => {}
-    }
-    if let Some(pid) = child.id() {
-        terminate(pid);
-    }
-    child.wait().await.map(Some).map_err(cannot_wait)
-}
-
-/// Ends at that time, unless there is a server by then.
-async fn no_server_by(give_up_at: Instant, directories: &Directories) {
-    tokio::time::sleep_until(give_up_at.into()).await;
-    if directories.socket().exists() {
-        std::future::pending::<()>().await;
-    }
-}
-
-/// Waits for the end of a server that an earlier guard started; false if there is none.
-async fn adopt(directories: &Directories, stop: &mut StopSignals) -> bool {
-    let Ok(Some(Answer::Pong { pid })) = client::ask(directories, &Request::Ping, PING_TIMEOUT) else { return false };
-    let Some(process) = process(pid) else { return false };
-    let Ok(handle) = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()) else { return false };
-    tracing::info!(pid, "watching the server that is there");
-    // A pidfd is readable when its process has ended (pidfd_open(2)).
-    let ended = tokio::task::spawn_blocking(move || {
-        let mut watched = [PollFd::new(&handle, PollFlags::IN)];
-        while rustix::event::poll(&mut watched, None) == Err(rustix::io::Errno::INTR) {}
-    });
-    tokio::pin!(ended);
-    tokio::select! {
-        _ = &mut ended => return true,
-        () = stop.wait() => terminate(pid),
-    }
-    let _ = ended.await;
-    true
-}
-
-fn process(pid: u32) -> Option<rustix::process::Pid> {
-    i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw)
-}
-
-fn terminate(pid: u32) {
-    if let Some(pid) = process(pid) {
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-    }
-}
-
 /// Deletes the devices that wait. Records stay: they say what was lost.
 fn delete_devices(directories: &Directories) -> Result<()> {
     for (record, id) in waiting_devices(directories)? {
@@ -276,29 +426,32 @@ fn waiting_devices(directories: &Directories) -> Result<Vec<(DeviceRecord, u32)>
     Ok(recorded)
 }
 
-/// Whether there is a process of this id; one that is not ours to ask about is taken to live.
-pub(super) fn process_lives(pid: u32) -> bool {
-    process(pid).is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
-}
-
-struct StopSignals {
+/// Signals that a guard knows.
+struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    seen: bool,
+    takeover: Signal,
+    stop_seen: bool,
 }
 
-impl StopSignals {
+impl Signals {
     fn new() -> Result<Self> {
         let on = |kind| signal(kind).map_err(|error| Error::io("cannot handle signals".to_owned(), error));
-        Ok(Self { terminate: on(SignalKind::terminate())?, interrupt: on(SignalKind::interrupt())?, seen: false })
+        Ok(Self {
+            terminate: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+            takeover: on(SignalKind::user_defined1())?,
+            stop_seen: false,
+        })
     }
 
+    /// Waits for the next one.
     async fn wait(&mut self) {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => self.stop_seen = true,
+            _ = self.interrupt.recv() => self.stop_seen = true,
+            _ = self.takeover.recv() => {}
         }
-        self.seen = true;
     }
 }
 
@@ -327,11 +480,5 @@ mod tests {
             failures.note(true);
         }
         assert!(failures.too_many());
-    }
-
-    #[test]
-    fn processes_live_until_they_are_gone() {
-        assert!(process_lives(std::process::id()));
-        assert!(!process_lives(0) && !process_lives(u32::MAX));
     }
 }

@@ -20,12 +20,15 @@ pub mod guard;
 mod listener;
 mod locks;
 mod names;
+mod notify;
 pub mod protocol;
 mod recording;
 mod recovery;
 mod server;
+mod server_process;
 mod start;
 pub mod state;
+pub mod takeover;
 
 pub use names::from_reference as device_name;
 pub use server::{ServerOptions, pull_here, run_server};

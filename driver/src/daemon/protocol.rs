@@ -105,6 +105,8 @@ pub enum Request {
     },
     /// Look after the store.
     Cache(CacheRequest),
+    /// Let go of the devices for the server that asks, and end. Refused while another command is at work.
+    HandOver,
     /// End the server. Refused while it has devices, unless they are to be left for the next server.
     Stop {
         /// Leave the devices in the kernel: readers wait until a server takes them back.

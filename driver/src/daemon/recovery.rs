@@ -19,13 +19,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::task::JoinSet;
 use ublkimg_registry::Digest;
 
 use super::attached::Attached;
-use super::guard::process_lives;
-use super::server::{Server, blocking, options, parse_location, starting};
+use super::server::{Server, blocking, options_of, starting};
+use super::server_process::process_lives;
 use super::state::DeviceRecord;
-use crate::attach::reopen;
+use super::takeover::Known;
+use crate::attach::{KnownImage, LoadedImage};
 use crate::device::ublk::{self, DeviceState};
 use crate::device::{Prepared, Transport};
 use crate::error::{Error, ErrorKind, Result};
@@ -33,38 +35,50 @@ use crate::error::{Error, ErrorKind, Result};
 /// A killed process may take this long to let go of its devices.
 const DYING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Takes back every device that can be; the others are given up. Both are logged.
+/// Takes back every device that can be; the others are given up. Both are logged. All at once: readers of each wait.
+/// `known` are images that were checked before.
 ///
 /// # Errors
 /// Only if the records cannot be listed.
-pub(super) async fn recover(server: &Arc<Server>) -> Result<()> {
+pub(super) async fn recover(server: &Arc<Server>, mut known: Known) -> Result<()> {
+    let mut tasks = JoinSet::new();
     for record in server.records.read_all()? {
-        let (name, id) = (record.name.clone(), record.ublk_id);
-        let started = Instant::now();
-        match recover_one(server, record).await {
-            Ok(true) => tracing::warn!(device = name, after = ?started.elapsed(), "taken back"),
-            Ok(false) => {
-                tracing::warn!(device = name, "gone: its record is removed");
-                forget(server, &name);
-            }
-            Err(error) if error.kind() == ErrorKind::Busy => {
-                tracing::error!(device = name, "cannot be taken back now: {}", error.chain());
-            }
-            Err(error) => {
-                tracing::error!(device = name, "cannot be taken back, its readers get EIO: {}", error.chain());
-                // Beside the others, since it waits for whoever holds the device; under its name's lock.
-                let (server, lock) = (Arc::clone(server), server.locks.lock(&name).await);
-                tokio::spawn(async move {
-                    give_up(&server, &name, id).await;
-                    drop(lock);
-                });
-            }
+        let known = known.take(&record);
+        tasks.spawn(recover_or_give_up(Arc::clone(server), record, known));
+    }
+    while let Some(joined) = tasks.join_next().await {
+        if let Err(error) = joined {
+            tracing::error!("taking back a device: {error}");
         }
     }
     if let Err(error) = blocking(delete_unrecorded).await {
         tracing::debug!("no ublk devices to look at: {}", error.chain());
     }
     Ok(())
+}
+
+async fn recover_or_give_up(server: Arc<Server>, record: DeviceRecord, known: Option<KnownImage>) {
+    let (name, id) = (record.name.clone(), record.ublk_id);
+    let started = Instant::now();
+    match recover_one(&server, record, known).await {
+        Ok(true) => tracing::warn!(device = name, after = ?started.elapsed(), "taken back"),
+        Ok(false) => {
+            tracing::warn!(device = name, "gone: its record is removed");
+            forget(&server, &name);
+        }
+        Err(error) if error.kind() == ErrorKind::Busy => {
+            tracing::error!(device = name, "cannot be taken back now: {}", error.chain());
+        }
+        Err(error) => {
+            tracing::error!(device = name, "cannot be taken back, its readers get EIO: {}", error.chain());
+            // Beside the others, since it waits for whoever holds the device; under its name's lock.
+            let lock = server.locks.lock(&name).await;
+            tokio::spawn(async move {
+                give_up(&server, &name, id).await;
+                drop(lock);
+            });
+        }
+    }
 }
 
 /// Deletes what a server that was killed between adding a device and writing its record left. A living creator is about
@@ -101,18 +115,17 @@ fn forget(server: &Arc<Server>, name: &str) {
     }
 }
 
-async fn recover_one(server: &Arc<Server>, record: DeviceRecord) -> Result<bool> {
+async fn recover_one(server: &Arc<Server>, record: DeviceRecord, known: Option<KnownImage>) -> Result<bool> {
     let (Transport::Ublk, Some(id)) = (record.transport, record.ublk_id) else { return Ok(false) };
-    if record.boot_id != server.boot_id || !blocking(move || wait_for_its_server(id)).await? {
+    if record.boot_id != server.boot_id {
         return Ok(false);
     }
-    let location = parse_location(&record.reference)?;
-    let (timeout_ms, holds_reads) = (record.read_timeout_ms, record.holds_reads);
-    let options = options(record.plain_http, record.auth_file.clone(), timeout_ms, holds_reads);
-    let bad_record = |error| Error::caused(ErrorKind::Corrupt, format!("record of {}", record.name), error);
-    let manifest: Digest = record.manifest.parse().map_err(bad_record)?;
-    let profile = record.profile.as_ref();
-    let loaded = reopen(&server.store, &server.engine, &location, manifest, profile, &options).await?;
+    // Readers wait: what can be done while the kernel takes the other server apart is done meanwhile.
+    let (is_there, loaded) = tokio::join!(blocking(move || wait_for_its_server(id)), load(server, &record, known));
+    if !is_there? {
+        return Ok(false);
+    }
+    let loaded = loaded?;
     // It has begun before: nothing is recorded any more.
     let mut start = starting(&loaded, &record);
     let image = loaded.image;
@@ -123,23 +136,26 @@ async fn recover_one(server: &Arc<Server>, record: DeviceRecord) -> Result<bool>
     Ok(true)
 }
 
+async fn load(server: &Arc<Server>, record: &DeviceRecord, known: Option<KnownImage>) -> Result<LoadedImage> {
+    let (location, options) = options_of(record)?;
+    let bad_record = |error| Error::caused(ErrorKind::Corrupt, format!("record of {}", record.name), error);
+    let manifest: Digest = record.manifest.parse().map_err(bad_record)?;
+    let known = match known {
+        Some(known) => known,
+        None => KnownImage::open(&server.store, &location, manifest, &options).await?,
+    };
+    known.attach(&server.store, &server.engine, record.profile.as_ref(), &options).await
+}
+
 /// Waits until the device has no server; false if there is nothing to take over.
 fn wait_for_its_server(id: u32) -> Result<bool> {
-    let deadline = Instant::now() + DYING_TIMEOUT;
-    loop {
-        let Some(device) = ublk::devices()?.into_iter().find(|device| device.id == id) else { return Ok(false) };
-        match device.state {
-            _ if device.creator_pid.is_none() => return Ok(false),
-            DeviceState::Quiesced => return Ok(true),
-            DeviceState::Dead => {
-                ublk::delete(id)?;
-                return Ok(false);
-            }
-            _ if Instant::now() > deadline => {
-                let text = format!("process {} still serves /dev/ublkb{id}", device.server_pid);
-                return Err(Error::new(ErrorKind::Busy, text));
-            }
-            _ => std::thread::sleep(Duration::from_millis(5)),
-        }
+    let Some(device) = ublk::without_server(id, DYING_TIMEOUT)? else { return Ok(false) };
+    if device.creator_pid.is_none() {
+        return Ok(false);
     }
+    if device.state == DeviceState::Dead {
+        ublk::delete(id)?;
+        return Ok(false);
+    }
+    Ok(true)
 }

@@ -24,6 +24,7 @@ use super::protocol::{AddRequest, Answer, Fault, ProfileRequest, PullRequest, Re
 use super::recording::finish_all;
 use super::start::Starting;
 use super::state::{DeviceRecord, Records, boot_id};
+use super::takeover::{self, HANDED_OVER_EXIT_CODE, Known};
 use super::{Directories, cache, listener, names, recovery};
 use crate::attach::{AttachOptions, LoadedImage, ProfileSource, attach};
 use crate::device::Prepared;
@@ -33,7 +34,7 @@ use crate::pull::Pulled;
 use crate::recorder::recover_logs;
 use crate::start_events::Mark;
 use crate::store::{Limits, Store};
-use crate::{kernel, namespace};
+use crate::{capabilities, kernel, namespace};
 
 /// How long a read waits that is not to fail: longer than machines live.
 const FOR_EVER: Duration = Duration::from_secs(50 * 365 * 24 * 3600);
@@ -54,6 +55,8 @@ pub struct ServerOptions {
     pub directories: Directories,
     /// How much room the store may take.
     pub limits: Limits,
+    /// Take over from the server that is there.
+    pub takes_over: bool,
 }
 
 /// Runs a server until it is asked to stop. Must be called while the process has one thread.
@@ -61,20 +64,32 @@ pub struct ServerOptions {
 /// # Errors
 /// What kept it from starting: no rights, another server on the same root, no socket.
 pub fn run_server(options: ServerOptions) -> Result<()> {
-    let ServerOptions { directories, limits } = options;
+    let ServerOptions { directories, limits, takes_over } = options;
     directories.create().map_err(|(path, error)| Error::io(format!("cannot create {}", path.display()), error))?;
     raise_open_files();
     // Who waits for a page of ours may be who is to be killed for memory: take others first.
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJUSTMENT) {
         tracing::debug!("the score for the lack of memory is as it was: {error}");
     }
+    // Nor may we wait for memory that comes free only when a reader of ours gets on. Threads inherit it.
+    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+        tracing::debug!("not an I/O flusher: {error}");
+    }
     // Before any thread starts, and before recovery: see namespace.
     let detached = namespace::enter_private(&[&directories.root, &directories.run])?;
     tracing::info!(detached = detached.len(), "in a mount namespace of its own");
-    let store = open_store(&directories)?;
+    capabilities::keep_needed()?;
     let engine = Engine::start()?;
-    engine.seed_links(store.links()?);
     let runtime = engine.runtime().clone();
+    let (store, known) = if takes_over {
+        let store = Arc::new(Store::beside(&directories.root)?);
+        let known = runtime.block_on(takeover::prepare(&directories, &store))?;
+        takeover::take(&directories, &store)?;
+        (store, known)
+    } else {
+        (open_store(&directories)?, Known::default())
+    };
+    engine.seed_links(store.links()?);
     let server = Arc::new(Server {
         records: Records::new(directories.devices()),
         store,
@@ -83,10 +98,11 @@ pub fn run_server(options: ServerOptions) -> Result<()> {
         attached: Mutex::new(BTreeMap::new()),
         locks: NameLocks::default(),
         stopping: AtomicBool::new(false),
+        handed_over: AtomicBool::new(false),
         directories,
         limits,
     });
-    runtime.block_on(server.run())
+    runtime.block_on(server.run(known))
 }
 
 /// A blob file in use takes four descriptors: the limit that a shell gives (1024) is soon reached.
@@ -123,12 +139,14 @@ pub(super) struct Server {
     pub(super) locks: NameLocks,
     /// Nothing is begun any more.
     stopping: AtomicBool,
+    /// Another server waits for our end.
+    handed_over: AtomicBool,
 }
 
 impl Server {
-    async fn run(self: Arc<Self>) -> Result<()> {
+    async fn run(self: Arc<Self>, known: Known) -> Result<()> {
+        recovery::recover(&self, known).await?;
         recover_logs(&self.store)?;
-        recovery::recover(&self).await?;
         let listener = listener::bind(&self.directories.socket())?;
         let handler = Arc::clone(&self);
         let terminated = terminated()?;
@@ -139,6 +157,10 @@ impl Server {
         tokio::select! {
             () = listener::serve(listener, move |request| Arc::clone(&handler).handle(request)) => {}
             () = terminated => {}
+        }
+        if self.handed_over.load(Ordering::SeqCst) {
+            // Readers wait, and there is nothing left to do. The socket stays: to the guard we have not ended well.
+            std::process::exit(HANDED_OVER_EXIT_CODE);
         }
         let _ = std::fs::remove_file(self.directories.socket());
         watching.abort();
@@ -176,7 +198,7 @@ impl Server {
     }
 
     async fn handle(self: Arc<Self>, request: Request) -> Reply {
-        let is_stop = matches!(request, Request::Stop { .. });
+        let is_stop = matches!(request, Request::Stop { .. } | Request::HandOver);
         let result = match request {
             Request::Ping => Ok(Answer::Pong { pid: std::process::id() }),
             // In a task of its own: it must go on to its end when the client hangs up.
@@ -206,6 +228,7 @@ impl Server {
                     .await
             }
             Request::List => Ok(Answer::Devices(self.attached.lock().values().map(Attached::status).collect())),
+            Request::HandOver => flatten(tokio::spawn(self.hand_over()).await).map(|()| Answer::Done),
             Request::Stop { keep_devices } => self.stop(keep_devices).map(|()| Answer::Done),
         };
         let is_last = is_stop && result.is_ok();
@@ -340,6 +363,22 @@ impl Server {
         }
     }
 
+    /// Finishes what the next server cannot, while readers are still served; then the server ends.
+    async fn hand_over(self: Arc<Self>) -> Result<()> {
+        self.stop(true)?;
+        let server = Arc::clone(&self);
+        let finished = blocking(move || {
+            finish_all(&mut server.attached.lock());
+            server.keep_links();
+            server.store.sync()
+        });
+        if let Err(error) = finished.await {
+            tracing::warn!("handing over: {}", error.chain());
+        }
+        self.handed_over.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
     /// Whether the server may end now; if so it begins nothing any more.
     fn stop(&self, keep_devices: bool) -> Result<()> {
         // First this, then the look: a request that is not seen now sees that we are stopping.
@@ -401,17 +440,19 @@ pub(super) fn starting(loaded: &LoadedImage, record: &DeviceRecord) -> Starting 
 }
 
 /// The location that a request or a record names.
-pub(super) fn parse_location(text: &str) -> Result<Location> {
+fn parse_location(text: &str) -> Result<Location> {
     text.parse().map_err(|error| Error::caused(ErrorKind::Invalid, format!("{text:?} is no reference"), error))
 }
 
+/// Where the chunks of a recorded device come from, and how.
+pub(super) fn options_of(record: &DeviceRecord) -> Result<(Location, AttachOptions)> {
+    let (timeout_ms, holds_reads) = (record.read_timeout_ms, record.holds_reads);
+    let options = options(record.plain_http, record.auth_file.clone(), timeout_ms, holds_reads);
+    Ok((parse_location(&record.reference)?, options))
+}
+
 /// How the registry of a device is spoken to.
-pub(super) fn options(
-    plain_http: bool,
-    auth_file: Option<PathBuf>,
-    read_timeout_ms: u64,
-    holds_reads: bool,
-) -> AttachOptions {
+fn options(plain_http: bool, auth_file: Option<PathBuf>, read_timeout_ms: u64, holds_reads: bool) -> AttachOptions {
     AttachOptions {
         client: ClientOptions { plain_http, auth_file, ..ClientOptions::default() },
         read_deadline: if holds_reads { FOR_EVER } else { Duration::from_millis(read_timeout_ms) },

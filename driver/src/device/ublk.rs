@@ -43,6 +43,8 @@ const FLAGS: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSU
 const NODE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to wait for holders of a device that is being deleted. The kernel goes on by itself afterwards.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often it is looked whether a server has let go of its device.
+const SERVER_POLL: Duration = Duration::from_millis(2);
 /// Where the driver lists its devices.
 const CLASS_DIRECTORY: &str = "/sys/class/ublk-char";
 
@@ -107,18 +109,44 @@ pub fn devices() -> Result<Vec<KernelDevice>> {
     ids.sort_unstable();
     let mut devices = Vec::new();
     for id in ids {
-        match control.info(id) {
-            Ok(info) => devices.push(KernelDevice {
-                id,
-                state: info.state.into(),
-                server_pid: info.ublksrv_pid,
-                creator_pid: creator_pid(&info),
-            }),
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
+        devices.extend(device(&mut control, id)?);
     }
     Ok(devices)
+}
+
+/// A device that may be gone.
+fn device(control: &mut Control, id: u32) -> Result<Option<KernelDevice>> {
+    match control.info(id) {
+        Ok(info) => Ok(Some(KernelDevice {
+            id,
+            state: info.state.into(),
+            server_pid: info.ublksrv_pid,
+            creator_pid: creator_pid(&info),
+        })),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Waits until no process serves a device of ours, and says what it is then; readers may be waiting, so it looks often.
+/// `None` if there is no such device.
+///
+/// # Errors
+/// [`ErrorKind::Busy`] when it is still served after `timeout`; as [`devices`].
+pub fn without_server(id: u32, timeout: Duration) -> Result<Option<KernelDevice>> {
+    let (mut control, deadline) = (Control::open()?, Instant::now() + timeout);
+    loop {
+        let Some(device) = device(&mut control, id)? else { return Ok(None) };
+        let is_served = !matches!(device.state, DeviceState::Quiesced | DeviceState::Dead);
+        if device.creator_pid.is_none() || !is_served {
+            return Ok(Some(device));
+        }
+        if Instant::now() > deadline {
+            let text = format!("process {} still serves /dev/ublkb{id}", device.server_pid);
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        std::thread::sleep(SERVER_POLL);
+    }
 }
 
 /// Stops and deletes a device, whoever made it: readers that wait get EIO. Bounded: at most about a minute.

@@ -24,7 +24,7 @@ pub(super) const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 /// One command at a time is under way; the kernel rounds up anyway.
 const RING_ENTRIES: u32 = 4;
 /// Pause before START_USER_RECOVERY is tried again while the kernel still takes the dead server apart.
-const RECOVERY_RETRY_PAUSE: Duration = Duration::from_millis(20);
+const RECOVERY_RETRY_PAUSE: Duration = Duration::from_millis(2);
 
 type Ring = IoUring<squeue::Entry128, cqueue::Entry>;
 

@@ -29,6 +29,7 @@ use libublk::{BufDesc, UblkError, UblkUringData, sys};
 use smol::LocalExecutor;
 
 use super::completion::{CompletionPort, Parking};
+use crate::capabilities;
 use crate::first_reads::DeviceRead;
 use crate::image::{BLOCK_SIZE_BYTES, Piece, Plan, Readiness, ServedImage};
 
@@ -50,6 +51,10 @@ pub(super) fn serve(
     up: &SyncSender<Result<(), UblkError>>,
 ) {
     UblkCtrl::init_queue_thread();
+    // Before the first fetch: so the kernel does not scan the device for partitions.
+    if let Err(error) = capabilities::drop_all_of_this_thread() {
+        tracing::warn!(%error, "a queue thread keeps its capabilities");
+    }
     let queue = match UblkQueue::new(0, device) {
         Ok(queue) => queue,
         Err(error) => {

@@ -47,7 +47,7 @@ impl Evictions {
 #[derive(Debug, Clone)]
 pub(super) struct Shared {
     /// Keeps other processes out of the store for as long as a file is written.
-    pub(super) _lock: Arc<File>,
+    pub(super) lock: Arc<File>,
     pub(super) wake_sync: Sender<()>,
     pub(super) evictions: Arc<Evictions>,
     pub(super) overflow: Arc<Overflow>,

@@ -83,12 +83,35 @@ impl Store {
     }
 
     fn open_in_boot(root: &Path, boot_id: BootId) -> Result<Self> {
+        let store = Self::beside_in_boot(root, boot_id)?;
+        store.own()?;
+        Ok(store)
+    }
+
+    /// Opens the store beside the process that owns it, to read objects and metadata images. Nothing else may be done with
+    /// it before [`Store::own`].
+    ///
+    /// # Errors
+    /// `Io` and `NoSpace`.
+    pub fn beside(root: &Path) -> Result<Self> {
+        Self::beside_in_boot(root, BootId::current()?)
+    }
+
+    /// Makes this process the owner.
+    ///
+    /// # Errors
+    /// `Busy` as long as another process is; `Io` and `NoSpace`.
+    pub fn own(&self) -> Result<()> {
+        take_lock(&self.layout, &self.shared.lock)?;
+        self.layout.prepare()
+    }
+
+    fn beside_in_boot(root: &Path, boot_id: BootId) -> Result<Self> {
         // Images may be private: a new store is its owner's alone.
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(root);
         made.map_err(|error| Error::path("make directory", root, error))?;
         let layout = Layout::new(root);
-        let lock = take_lock(&layout)?;
-        layout.prepare()?;
+        let lock = open_lock(&layout)?;
         let blobs = Arc::new(OpenBlobs::default());
         let evictions = Arc::<Evictions>::default();
         let overflow = Overflow::new(Arc::clone(&evictions))?;
@@ -102,7 +125,7 @@ impl Store {
         Ok(Self {
             layout,
             boot_id,
-            shared: Shared { _lock: Arc::new(lock), wake_sync, overflow: Arc::new(overflow), evictions, clock_s },
+            shared: Shared { lock: Arc::new(lock), wake_sync, overflow: Arc::new(overflow), evictions, clock_s },
             blobs,
             stop_sync: Some(stop_sync),
             sync_thread: Some(sync_thread),
@@ -153,12 +176,16 @@ impl Drop for Store {
     }
 }
 
-fn take_lock(layout: &Layout) -> Result<File> {
+fn open_lock(layout: &Layout) -> Result<File> {
     let path = layout.lock();
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
-    let file = file.map_err(|error| Error::path("open", &path, error))?;
+    file.map_err(|error| Error::path("open", &path, error))
+}
+
+fn take_lock(layout: &Layout, file: &File) -> Result<()> {
+    let path = layout.lock();
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(()),
         Err(TryLockError::WouldBlock) => {
             Err(Error::new(ErrorKind::Busy, format!("{}: the store belongs to another process", path.display())))
         }

@@ -1,0 +1,39 @@
+#!/bin/sh
+# A service manager restarts the daemon while two images are mounted: it sends SIGTERM to the guard, waits for its end, and
+# starts the next one. Then both images are removed. Nothing hangs, nothing is left.
+. "$(dirname "$0")/guest.sh"
+# start : a daemon in the background; sets $guard, the process that a service manager knows
+start() {
+  rm -f "$WORK/run/guard.lock"
+  ublkimg daemon >>"$WORK/run/daemon.out.log" 2>&1 </dev/null &
+  started=$!
+  for _ in $(seq 100); do
+    guard=$(cat "$WORK/run/guard.lock" 2>/dev/null) || true
+    [ -z "$guard" ] || [ ! -e "$WORK/run/daemon.sock" ] || return 0
+    sleep 0.1
+  done
+  fail "the daemon does not start"
+}
+registry one two
+mkdir "$WORK/run"
+start
+attach one
+attach two
+for round in 1 2 3; do
+  kill -TERM $guard
+  began=$(date +%s%N)
+  wait $started || fail "round $round: the guard ended with $?"
+  say "the daemon ended $((($(date +%s%N) - began) / 1000000)) ms after SIGTERM, with two images mounted"
+  [ -z "$(daemons)" ] || fail "processes are left: $(daemons | tr '\n' ' ')"
+  # reads of what is not in the page cache wait for the next daemon
+  echo 3 >/proc/sys/vm/drop_caches
+  "$BIN/list-tree" "$WORK/one" >"$WORK/waiting" &
+  reader=$!
+  start
+  wait $reader || fail "round $round: a reader ended with $? over the restart"
+  cmp -s "$WORK/waiting" "$IMAGES/one.list" || fail "round $round: the tree differs"
+  same_tree "$WORK/two" two
+done
+ublkimg rm one || fail "rm one ended with $?"
+ublkimg rm two || fail "rm two ended with $?"
+finish
