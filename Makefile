@@ -19,7 +19,7 @@ POWERCUT_SEEDS := 200
 N := 500
 MINUTES := 60
 
-.PHONY: powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
+.PHONY: bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -34,6 +34,15 @@ starts: programs ## scipy, nginx and node, started in several ways over one shap
 starts-vm: programs ## the same over /dev/ublkb0 in a User-Mode-Linux guest
 	@bench/starts/prepare.sh $(BIN)
 	@bench/starts/vm.sh $(BIN) $(STARTS_FLAGS)
+
+bench: programs ## how fast a device is, beside the bars that it is to meet; docs/performance.md. On a host without ublk: in a guest
+	@bench/performance/prepare.sh $(BIN)
+	@if [[ -e /dev/ublk-control ]]; then $(BIN)/performance $(BENCH_FLAGS); else bench/performance/vm.sh $(BIN) $(BENCH_FLAGS); fi
+
+bench-ab: programs ## the same of BASE=REVISION and of what is here, one after the other, with the programs of here that measure
+	@test -n '$(BASE)' || { echo 'usage: make bench-ab BASE=REVISION [BENCH_FLAGS="hits"]'; exit 2; }
+	@bench/performance/prepare.sh $(BIN)
+	@bench/performance/ab.sh $(BIN) '$(BASE)' $(BENCH_FLAGS)
 
 bench-convert: programs ## converting a tree beside `tar | zstd -3`; bench/README.md. BENCH_TREE=DIR for another tree
 	@$(if $(BENCH_TREE),,bench/convert/prepare.sh target/bench/python-tree)

@@ -1,5 +1,6 @@
 //! Writing OCI layout directories (OCI image spec, image-layout.md), good ones and bad ones.
 
+use std::borrow::Borrow;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -83,26 +84,26 @@ impl OciLayout {
         Ok(json!({"mediaType": media_type, "digest": digest.to_string(), "size": bytes.len()}))
     }
 
-    /// Adds an image of `layers`, lowest first, as `tag`; returns its manifest.
+    /// Adds an image of `layers`, lowest first, as `tag`; returns its manifest. Each layer is asked for when the one before
+    /// it is written.
     ///
     /// # Errors
     ///
     /// The directory cannot be written.
-    pub fn add_image(&self, tag: &str, layers: &[Layer]) -> io::Result<Value> {
-        let diff_ids: Vec<String> = layers.iter().map(|layer| Sha256::of(&layer.tar).to_string()).collect();
+    pub fn add_image(&self, tag: &str, layers: impl IntoIterator<Item: Borrow<Layer>>) -> io::Result<Value> {
+        let (mut diff_ids, mut blobs) = (Vec::new(), Vec::new());
+        for layer in layers {
+            let Layer { tar, compression } = layer.borrow();
+            diff_ids.push(Sha256::of(tar).to_string());
+            blobs.push(self.add_blob(compression.media_type(), &compression.compress(tar)?)?);
+        }
         let config = json!({
             "architecture": "amd64", "os": "linux", "created": "2024-01-01T00:00:00Z",
             "config": {"Cmd": ["/bin/sh"], "Env": ["PATH=/usr/bin:/bin"]},
             "rootfs": {"type": "layers", "diff_ids": diff_ids},
         });
         let config = self.add_blob("application/vnd.oci.image.config.v1+json", config.to_string().as_bytes())?;
-        let layers = layers
-            .iter()
-            .map(|layer| self.add_blob(layer.compression.media_type(), &layer.compression.compress(&layer.tar)?));
-        let manifest = json!({
-            "schemaVersion": 2, "mediaType": MEDIA_TYPE_MANIFEST,
-            "config": config, "layers": layers.collect::<io::Result<Vec<_>>>()?,
-        });
+        let manifest = json!({"schemaVersion": 2, "mediaType": MEDIA_TYPE_MANIFEST, "config": config, "layers": blobs});
         self.add_manifest(tag, &manifest)?;
         Ok(manifest)
     }

@@ -51,7 +51,7 @@ impl SampleImage {
             tar: archive(entries, *long_names),
             compression: *compression,
         });
-        layout.add_image(tag, &layers.collect::<Vec<_>>())?;
+        layout.add_image(tag, layers)?;
         Ok(layout)
     }
 

@@ -37,7 +37,7 @@ impl Fixture {
             let entries = [Entry::file(&format!("file-{seed}"), noise(seed, 400_000)), Entry::file("small", "x")];
             Layer { tar: archive(&entries, LongNames::Pax), compression: Compression::Gzip }
         });
-        OciLayout::create(&root.join("source")).unwrap().add_image("v1", &layers.collect::<Vec<_>>()).unwrap();
+        OciLayout::create(&root.join("source")).unwrap().add_image("v1", layers).unwrap();
         let registry = TestRegistry::start(Config { link: LinkConfig::new(100, 5), ..Config::default() }).unwrap();
         let mut fixture = Self { root, registry, digest: Value::Null };
         let undisturbed = format!("oci:{}:v1", fixture.root.join("undisturbed").display());

@@ -49,6 +49,9 @@ struct Arguments {
     /// The registry's answers take this long: a measurement ends before
     #[arg(long, default_value_t = 1000)]
     answer_ms: u64,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 fn main() -> ExitCode {
@@ -104,10 +107,19 @@ fn run(arguments: &Arguments) -> Result<bool> {
         reader.join().map_err(|_| anyhow::anyhow!("a reader panicked"))?.context("a read that missed failed")?;
     }
     let ratio = busy.p99.as_secs_f64() / idle.p99.as_secs_f64();
-    println!(
-        "cached reads: idle p50 {:?} p99 {:?} ({} reads); with {still_pending} misses pending p50 {:?} p99 {:?} ({} reads in {took:?}); p99 ratio {ratio:.2}",
-        idle.p50, idle.p99, idle.count, busy.p50, busy.p99, busy.count
-    );
+    if arguments.json {
+        let us = |time: Duration| time.as_secs_f64() * 1e6;
+        let (idle_p99_us, busy_p99_us) = (us(idle.p99), us(busy.p99));
+        println!(
+            "{}",
+            serde_json::json!({"idle_p99_us": idle_p99_us, "busy_p99_us": busy_p99_us, "pending": still_pending})
+        );
+    } else {
+        println!(
+            "cached reads: idle p50 {:?} p99 {:?} ({} reads); with {still_pending} misses pending p50 {:?} p99 {:?} ({} reads in {took:?}); p99 ratio {ratio:.2}",
+            idle.p50, idle.p99, idle.count, busy.p50, busy.p99, busy.count
+        );
+    }
     ensure!(still_pending as u64 >= arguments.misses, "only {still_pending} misses were still pending");
     ensure!(busy.count * 4 >= arguments.reads, "only {} reads were measured", busy.count);
     Ok(ratio <= arguments.limit)
