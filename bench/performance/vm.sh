@@ -5,7 +5,5 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 bin=$(realpath -- "${1:?usage: vm.sh BIN-DIR [PERFORMANCE-OPTION...]}")
 shift
 target=$(realpath -- "$here/../../target")
-# On one processor, as bench/starts/vm.sh says.
-cpu=$(taskset -cp $$ | grep -oE '[0-9]+$')
-exec taskset -c "$cpu" "$here/../../tests/vm/run-uml.sh" "$here/guest.sh" --mem "${BENCH_MEM:-6G}" --timeout "${BENCH_TIMEOUT:-3600}" \
+exec "$here/../../tests/vm/run-uml.sh" "$here/guest.sh" --mem "${BENCH_MEM:-6G}" --timeout "${BENCH_TIMEOUT:-3600}" \
   --out "$target/bench/vm" -- "$bin" "$target" "$@"

@@ -6,8 +6,5 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 bin=$(realpath -- "${1:?usage: vm.sh BIN-DIR [START-OPTION...]}")
 shift
 images=$(realpath -- "$here/../../target/starts")
-# On one processor: the guest has one, and its kernel and its programs are processes that take turns; across processors each turn
-# costs a wake-up, which makes a start three times as long and no two alike.
-cpu=$(taskset -cp $$ | grep -oE '[0-9]+$')
 # Registry, stores and unpacked layers all lie in the guest's memory, of which half is /tmp.
-exec taskset -c "$cpu" "$here/../../tests/vm/run-uml.sh" "$here/guest.sh" --mem 8G --timeout "${STARTS_TIMEOUT:-7200}" --out "$images/vm" -- "$bin" "$images" "$@"
+exec "$here/../../tests/vm/run-uml.sh" "$here/guest.sh" --mem 8G --timeout "${STARTS_TIMEOUT:-7200}" --out "$images/vm" -- "$bin" "$images" "$@"
