@@ -1,7 +1,7 @@
 //! The original image beside the converted one: its manifest, config and layers, byte for byte, in the destination.
 //!
 //! A blob that is there already, or can be linked from the source's repository, is not moved. Of a layer that is converted,
-//! the bytes that are read for that are kept in a file without a name ([`Copy`]), so that the source is read once; one whose
+//! the bytes that are read for that are kept in a file without a name ([`struct@Copy`]), so that the source is read once; one whose
 //! conversion was found is fetched for this alone.
 
 use std::fs::File;
