@@ -290,6 +290,29 @@ fn a_profile_of_another_image_packs_nothing_for_this_one() {
 }
 
 #[test]
+fn a_forged_hot_blob_does_not_reach_an_image_with_the_same_layers() {
+    let rig = Rig::new();
+    let honest = image();
+    let mut hostile = image();
+    hostile.manifest.annotations.insert("who".to_owned(), "somebody else".to_owned());
+    // Frames for the layers that both have, with other bytes: the hostile image's digest covers them, so it gets them.
+    let others = Image::new(&[LayerContent::new(3, &[64, 5, 64, 17]), LayerContent::new(4, &[8; 25])]);
+    let (forged, trace) = (others.start(&READS, 148, 16), hostile.start(&READS, 148, 16).trace);
+    let start = Start { trace, ..forged };
+    let loaded = rig.attach(&hostile.serve(&rig.registry, "hostile", Some(&start))).unwrap();
+    wait_for("the hot blob", || all_packed(&loaded, &start));
+    assert_reads(&loaded, &others, device_blocks(&hostile, READS[0]));
+    // Hot blocks and chunks together.
+    read(&loaded.image, 0, loaded.image.total_blocks()).unwrap();
+
+    let victim = rig.attach(&honest.serve(&rig.registry, "honest", None)).unwrap();
+    assert_eq!(honest.manifest.layers, hostile.manifest.layers);
+    assert_whole(&victim, &honest);
+    drop(loaded);
+    assert_whole(&victim, &honest);
+}
+
+#[test]
 fn frames_of_a_plan_that_proved_wrong_are_not_waited_for() {
     let rig = Rig::new();
     let image = Image::new(&[LayerContent::new(1, &[16; 8]), LayerContent::new(2, &[1; 40])]);

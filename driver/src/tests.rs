@@ -101,6 +101,31 @@ fn every_byte_of_the_device_is_the_images() {
 }
 
 #[test]
+fn a_forged_chunk_index_does_not_reach_an_image_with_the_same_layers() {
+    let honest = two_layers();
+    let contents = [LayerContent::new(3, &[64, 3, 64, 1, 17]), LayerContent::new(4, &[5; 40])];
+    let forged = Image::forged(&contents, &honest);
+    let names = |image: &Image| image.manifest.layers.iter().map(|layer| layer.digest).collect::<Vec<_>>();
+    assert_eq!(names(&forged), names(&honest));
+    for forged_first in [true, false] {
+        let (rig, registry) = (Rig::new(), tempfile::tempdir().unwrap());
+        let of_forged = rig.engine.runtime().block_on(forged.push(registry.path(), "v1"));
+        let mut both = [(&forged, of_forged), (&honest, rig.push(&honest, "v1"))];
+        if !forged_first {
+            both.reverse();
+        }
+        let loaded = both.map(|(image, location)| {
+            let loaded = rig.attach(&location).unwrap();
+            assert!(read(&loaded.image, 0, device_blocks(image)).unwrap() == image.device);
+            (image, loaded)
+        });
+        for (image, loaded) in &loaded {
+            assert!(read(&loaded.image, 0, device_blocks(image)).unwrap() == image.device, "both are in the store");
+        }
+    }
+}
+
+#[test]
 fn there_are_so_many_images_and_then_no_more() {
     let rig = Rig::new();
     let location = rig.push(&two_layers(), "v1");

@@ -110,6 +110,23 @@ async fn passwords_go_to_the_token_service() {
 }
 
 #[tokio::test]
+async fn a_file_that_was_rotated_is_noticed() {
+    let pair = pair(|request, number| match (number, request.header("authorization")) {
+        (0, Some("Basic dTpw")) | (1.., Some("Basic dTpuZXc=")) => token(number),
+        _ => answer(401, &[], ""),
+    })
+    .await;
+    let dir = tempfile::tempdir().unwrap();
+    let options = auth_file(&dir, &pair.registry.authority, r#"{"auth":"dTpw"}"#);
+    let repository = pair.registry.open(&options).await;
+    repository.blob_range(&blob(1000).1, 0..10).await.unwrap();
+    auth_file(&dir, &pair.registry.authority, r#"{"auth":"dTpuZXc="}"#);
+    pair.valid.store(1, Ordering::SeqCst);
+    repository.blob_range(&blob(1000).1, 0..10).await.unwrap();
+    assert_eq!(pair.tokens.count(), 2);
+}
+
+#[tokio::test]
 async fn an_identity_token_is_exchanged() {
     let pair = pair(|request, number| {
         assert_eq!(request.method, "POST");
