@@ -14,6 +14,10 @@ use ublkimg_driver::error::{Error, ErrorKind};
 /// Longest id of a container that is taken: runtimes use theirs as names of files too.
 const ID_LEN_MAX: usize = 200;
 
+/// Stays when the leases are gone: who waits for a lock must wait for the same file as who comes later. No id begins with
+/// a dot.
+const LOCK: &str = ".lock";
+
 /// A process that lives as long as a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Process {
@@ -54,7 +58,7 @@ impl Leases {
     /// # Errors
     /// When the file cannot be made.
     pub(crate) fn lock(&self) -> anyhow::Result<File> {
-        let path = self.0.with_extension("lock");
+        let path = self.0.join(LOCK);
         let failed = |error| Error::io(format!("cannot lock {}", path.display()), error);
         std::fs::create_dir_all(&self.0).map_err(failed)?;
         let file = File::create(&path).map_err(failed)?;
@@ -84,6 +88,9 @@ impl Leases {
     /// A container that uses the device; others of which nothing is left are forgotten.
     pub(crate) fn holder(&self) -> Option<String> {
         for entry in std::fs::read_dir(&self.0).into_iter().flatten().flatten() {
+            if entry.file_name() == LOCK {
+                continue;
+            }
             let process = std::fs::read(entry.path()).ok();
             let process = process.and_then(|bytes| serde_json::from_slice::<Process>(&bytes).ok());
             if process.is_some_and(Process::lives) {
@@ -101,8 +108,6 @@ impl Leases {
                 break;
             }
         }
-        let _ = std::fs::remove_dir(&self.0);
-        let _ = std::fs::remove_file(self.0.with_extension("lock"));
     }
 
     fn path(&self, id: &str) -> anyhow::Result<PathBuf> {

@@ -147,6 +147,12 @@ fn a_bundle_is_all_that_a_runtime_needs() {
         assert!(!directory.exists(), "the bundle was made by us");
     }
     let reference = host.registry.reference("shell", "v1");
+    // A bundle that is there is not taken away by a command that fails on it.
+    let directory = bundle(&host, "one", &[], &["/bin/sh"]).display().to_string();
+    let again = ["bundle", &reference, &directory, "--name", "one", "--user", "nobody", "--", "/bin/sh"];
+    host.ublkimg(&again).refused(2, &["nobody"]);
+    assert!(Path::new(&directory).join("rootfs/data").exists());
+    host.ublkimg(&["rm", "one"]).success();
     let directory = host.root.join("two").display().to_string();
     let nobody = ["bundle", &reference, &directory, "--user", "nobody", "--", "/bin/sh"];
     host.ublkimg(&nobody).refused(2, &["nobody"]);

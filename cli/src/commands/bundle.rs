@@ -38,11 +38,14 @@ pub(super) fn run(global: &Global, command: &Bundle) -> anyhow::Result<()> {
         config: Some(directory.join("config.json")),
         upper: command.upper.as_deref().map(super::absolute).transpose()?,
     };
+    let was_there = directory.join("config.json").exists();
     let target = add::Target::Root(wanted);
     let (device, _) = add::attach(global, &directories, request, &target, command.attach.timeout)?;
     if let Err(error) = configure(global, command, &device, &directory) {
-        // A root without a configuration is no bundle.
-        let _ = rm::remove(&directories, &device, true);
+        // A root without a configuration is no bundle; one that was there before may be in use.
+        if !was_there {
+            let _ = rm::remove(&directories, &device, true);
+        }
         return Err(error);
     }
     if command.json {

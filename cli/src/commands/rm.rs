@@ -32,6 +32,8 @@ pub(super) fn run(global: &Global, command: &Rm) -> anyhow::Result<()> {
     start_daemon_for_records(global, &directories)?;
     let device = status::find(&directories, &command.target)?;
     let leases = Leases::of(&directories, &device.name);
+    // No container takes one between the look and the removal.
+    let _lock = leases.lock()?;
     match leases.holder() {
         Some(id) if !command.force => {
             let text = format!("{} is leased by the container {id}: end that first, or use --force", device.name);

@@ -32,7 +32,9 @@ pub(super) fn mount(
     let made_root = add::make_directory(wanted.directory)?;
     let root = super::resolved(wanted.directory)?;
     let made = Made { root, made_root, config: wanted.config.clone(), upper: wanted.upper.clone() };
-    match place.made()? {
+    let earlier = place.made()?;
+    let is_new = earlier.is_none();
+    match earlier {
         // That the directory was made by an earlier run stays known.
         Some(earlier) if earlier.root == made.root => {}
         Some(earlier) => {
@@ -49,7 +51,8 @@ pub(super) fn mount(
             let request = Request::Mounted { name: device.name.clone(), directory: made.root.clone() };
             Ok(client::ask(directories, &request, client::ANSWER_MARGIN).map(drop)?)
         });
-    if mounted.is_err() {
+    // A root that was there before may be in use.
+    if mounted.is_err() && is_new {
         let _ = place.unmount(true).and_then(|()| {
             let _ = super::mount_helper::unmount(&place.image(), true, timeout);
             place.forget()

@@ -28,7 +28,8 @@ pub(super) async fn known(store: &Arc<Store>, location: &Location) -> Option<Kno
 }
 
 /// Keeps what the location means now. Not being able to is no reason to attach nothing.
-pub(super) async fn keep(store: &Arc<Store>, location: &Location, loaded: &LoadedImage) {
+/// What is kept already is not written again.
+pub(super) async fn keep(store: &Arc<Store>, location: &Location, before: Option<&KnownName>, loaded: &LoadedImage) {
     if matches!(location, Location::Registry(reference) if reference.digest().is_some()) {
         return;
     }
@@ -37,6 +38,9 @@ pub(super) async fn keep(store: &Arc<Store>, location: &Location, loaded: &Loade
         manifest: loaded.manifest_digest.to_string(),
         profile: loaded.profile.as_ref().map(|profile| profile.kept.clone()),
     };
+    if before == Some(&known) {
+        return;
+    }
     let store = Arc::clone(store);
     let kept = tokio::task::spawn_blocking(move || store.put_name(&known)).await;
     if let Ok(Err(error)) = kept {

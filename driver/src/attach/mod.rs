@@ -122,7 +122,7 @@ pub async fn attach(
         let ((manifest, blob), profile) = tokio::try_join!(image, profile)?;
         let checked = attaching.check(&manifest, blob).await?;
         let loaded = attaching.serve(named.digest, manifest, checked, profile).await?;
-        known::keep(store, location, &loaded).await;
+        known::keep(store, location, known.as_ref(), &loaded).await;
         Ok(loaded)
     };
     let timed_out = || {
