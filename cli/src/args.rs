@@ -193,6 +193,12 @@ pub(crate) struct AttachArguments {
     /// How the device is served: ublk survives a crash of the daemon, fuse does not
     #[arg(long, value_enum, default_value_t = TransportArgument::Auto)]
     pub(crate) transport: TransportArgument,
+    /// How data gets into the requests of a ublk device: auto takes zero copy where the kernel has it (6.16)
+    #[arg(long, value_enum, default_value_t = DataPathArgument::Auto, value_name = "HOW")]
+    pub(crate) data_path: DataPathArgument,
+    /// Requests of a ublk device at a time, so the most misses that wait at a time (default: 128)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=128))]
+    pub(crate) queue_depth: Option<u16>,
     /// How long attaching and mounting may take
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
     pub(crate) timeout: Duration,
@@ -210,6 +216,16 @@ pub(crate) struct AttachArguments {
     pub(crate) fill: FillArgument,
     #[command(flatten)]
     pub(crate) registry: RegistryOptions,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum DataPathArgument {
+    /// The best that the kernel has
+    Auto,
+    /// Into the pages of the request; refused where the kernel cannot
+    ZeroCopy,
+    /// Into a buffer that the kernel copies
+    Copy,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

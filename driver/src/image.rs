@@ -23,7 +23,7 @@ use crate::first_reads::{DeviceRead, FirstReads, Waited};
 use crate::hot::{HotMap, Withdrawn};
 use crate::outage::Waiting;
 use crate::start_events::StartEvents;
-use crate::store::{BlobFile, Place};
+use crate::store::{BlobFile, Place, Reader};
 
 pub(crate) use units::{UnitKey, local};
 
@@ -440,6 +440,12 @@ impl ServedImage {
     #[must_use]
     pub fn was_there(&self, plan: &Plan) -> bool {
         plan.evictions == self.evictions()
+    }
+
+    /// For a queue thread that reads what [`Self::plan`] says without asking [`Self::was_there`] afterwards; none for an
+    /// image of which nothing is ever evicted. `kick` wakes the thread up.
+    pub(crate) fn reader(&self, kick: impl Fn() + Send + Sync + 'static) -> Option<Reader> {
+        self.blobs.first().map(|blob| blob.file.evictions().reader(kick))
     }
 
     fn evictions(&self) -> u64 {

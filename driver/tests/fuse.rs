@@ -33,7 +33,7 @@ macro_rules! scenario {
         #[test]
         fn $name() {
             if have_fuse() {
-                scenarios::$name(Transport::Fuse);
+                scenarios::$name(Transport::Fuse.into());
             }
         }
     };
@@ -50,7 +50,7 @@ fn the_loop_device_caches_nothing_twice_and_goes_without_a_trace() {
     if !have_fuse() {
         return;
     }
-    let mut served = Served::start(Transport::Fuse);
+    let mut served = Served::start(Transport::Fuse.into());
     let queue = Path::new("/sys/class/block").join(served.device().path().file_name().unwrap());
     let value = |name: &str| std::fs::read_to_string(queue.join(name)).unwrap().trim().to_owned();
     assert_eq!(value("ro"), "1");

@@ -19,7 +19,7 @@ use support::image::{Driver, Origin};
 use support::scenarios::compare_device;
 use support::{open_direct, read_blocks, wait_until};
 // The fixture's `crate::image`.
-use ublkimg_driver::device::{Prepared, Transport, ublk};
+use ublkimg_driver::device::{Prepared, QueueOptions, Transport, ublk};
 use ublkimg_driver::image;
 use ublkimg_driver::{ErrorKind, mounts, namespace};
 
@@ -57,7 +57,12 @@ fn server(arguments: &[String]) {
     let driver = Driver::attach(reference, &directory.join("store"));
     let prepared = match rest.first() {
         Some(id) => Prepared::recover(driver.image.clone(), id.parse().unwrap()),
-        None => Prepared::new(Transport::from_str(transport).unwrap(), driver.image.clone(), &directory.join("run")),
+        None => Prepared::new(
+            Transport::from_str(transport).unwrap(),
+            driver.image.clone(),
+            QueueOptions::default(),
+            &directory.join("run"),
+        ),
     };
     let device = prepared.unwrap().start().unwrap();
     println!("{}", detached.iter().map(|path| path.to_str().unwrap()).collect::<Vec<_>>().join(" "));
@@ -199,7 +204,8 @@ fn a_device_that_was_not_started_is_taken_back() {
     }
     let (origin, directory) = (Origin::start(), tempfile::tempdir().unwrap());
     let driver = Driver::attach(&origin.reference(), &directory.path().join("store"));
-    let prepared = Prepared::new(Transport::Ublk, driver.image.clone(), directory.path()).unwrap();
+    let prepared =
+        Prepared::new(Transport::Ublk, driver.image.clone(), QueueOptions::default(), directory.path()).unwrap();
     let id = prepared.ublk_id().unwrap();
     assert_eq!(state(id), Some(ublk::DeviceState::Dead));
     drop(prepared);

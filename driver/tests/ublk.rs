@@ -11,9 +11,9 @@ mod support;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use support::scenarios::{self, Served};
+use support::scenarios::{self, How, Served};
 // The fixture's `crate::image`.
-use ublkimg_driver::device::{Transport, ublk};
+use ublkimg_driver::device::{DataPath, QueueOptions, Transport, ublk};
 use ublkimg_driver::image;
 
 fn have_ublk() -> bool {
@@ -29,7 +29,10 @@ macro_rules! scenario {
         #[test]
         fn $name() {
             if have_ublk() {
-                scenarios::$name(Transport::Ublk);
+                for data_path in [None, Some(DataPath::Copy)] {
+                    let queue = QueueOptions { data_path, ..QueueOptions::default() };
+                    scenarios::$name(How { transport: Transport::Ublk, queue });
+                }
             }
         }
     };
@@ -46,7 +49,7 @@ fn the_block_device_has_the_right_limits_and_goes_without_a_trace() {
     if !have_ublk() {
         return;
     }
-    let mut served = Served::start(Transport::Ublk);
+    let mut served = Served::start(Transport::Ublk.into());
     let id = served.device().ublk_id().unwrap();
     let state = |id| ublk::devices().unwrap().into_iter().find(|device| device.id == id).map(|device| device.state);
     assert_eq!(state(id), Some(ublk::DeviceState::Live));
@@ -63,4 +66,23 @@ fn the_block_device_has_the_right_limits_and_goes_without_a_trace() {
     served.stop().unwrap();
     assert!(!path.exists());
     assert_eq!(state(id), None);
+}
+
+/// Bits 0 and 11 of the driver's features: what zero copy takes.
+const ZERO_COPY: u64 = 1 | 1 << 11;
+
+#[test]
+fn data_goes_the_best_way_that_the_kernel_has_or_the_one_asked_for() {
+    if !have_ublk() {
+        return;
+    }
+    let has_zero_copy = ublk::features().unwrap() & ZERO_COPY == ZERO_COPY;
+    let best = if has_zero_copy { DataPath::ZeroCopy } else { DataPath::Copy };
+    for (asked, expected) in [(None, best), (Some(DataPath::Copy), DataPath::Copy), (Some(best), best)] {
+        let queue = QueueOptions { data_path: asked, depth: Some(3) };
+        let mut served = Served::start(How { transport: Transport::Ublk, queue });
+        assert_eq!(served.device().data_path(), Some(expected), "asked for {asked:?}");
+        scenarios::compare_device(served.device().path(), &served.origin.content());
+        served.stop().unwrap();
+    }
 }

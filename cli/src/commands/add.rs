@@ -11,13 +11,13 @@ use ublkimg_driver::daemon::protocol::{
     AddRequest, Answer, DeviceStatus, FillMode, ProfileRequest, Request, StartOptions,
 };
 use ublkimg_driver::daemon::{Directories, client, device_name};
-use ublkimg_driver::device::Transport;
+use ublkimg_driver::device::{DataPath, QueueOptions, Transport};
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_driver::mounts;
 
 use super::root::{self, Root};
 use super::{daemon, fill, local, mount_helper};
-use crate::args::{Add, AttachArguments, FillArgument, Global, OnTimeout, TransportArgument};
+use crate::args::{Add, AttachArguments, DataPathArgument, FillArgument, Global, OnTimeout, TransportArgument};
 use crate::output;
 
 /// A mount reads the superblock and the root, which are in the store: more time than this means that something hangs.
@@ -132,6 +132,7 @@ pub(super) fn request(reference: &str, attach: &AttachArguments, start: StartOpt
         reference: super::location(reference)?.to_string(),
         name: attach.name.clone(),
         transport: transport(attach.transport),
+        queue: queue(attach),
         plain_http: attach.registry.plain_http,
         auth_file: attach.registry.auth_file.as_deref().map(super::absolute).transpose()?,
         attach_timeout_ms: milliseconds(attach.timeout),
@@ -139,6 +140,15 @@ pub(super) fn request(reference: &str, attach: &AttachArguments, start: StartOpt
         holds_reads: attach.on_timeout == OnTimeout::Hold,
         start,
     })
+}
+
+fn queue(attach: &AttachArguments) -> QueueOptions {
+    let data_path = match attach.data_path {
+        DataPathArgument::Auto => None,
+        DataPathArgument::ZeroCopy => Some(DataPath::ZeroCopy),
+        DataPathArgument::Copy => Some(DataPath::Copy),
+    };
+    QueueOptions { data_path, depth: attach.queue_depth }
 }
 
 pub(super) fn transport(argument: TransportArgument) -> Transport {

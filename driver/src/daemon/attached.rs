@@ -31,6 +31,7 @@ impl Attached {
             manifest: self.record.manifest.clone(),
             device: self.device.path().to_path_buf(),
             transport: self.record.transport,
+            data_path: self.device.data_path(),
             mounts: self.record.mounts.clone(),
             size_bytes: u64::from(self.image.total_blocks()) * u64::from(BLOCK_SIZE_BYTES),
             counters: self.image.statistics(),

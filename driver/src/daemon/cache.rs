@@ -11,6 +11,7 @@ use ublkimg_image::Sha256;
 use ublkimg_registry::erofs_manifest::ErofsManifest;
 use ublkimg_registry::profile::ProfileManifest;
 
+use super::pace::Pace;
 use super::protocol::{BlobLine, CacheAnswer, CacheRequest, CacheStatus, PinLine};
 use super::server::Server;
 use super::state::{DeviceRecord, Records};
@@ -137,10 +138,13 @@ fn holding(store: &Store, record: &DeviceRecord) -> Result<Holding> {
 
 /// Keeps the store within its limits, as long as the server runs.
 pub(super) async fn keep_room(server: Arc<Server>) {
-    let mut ticks = tokio::time::interval(ROOM_PERIOD);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut pace = Pace::new(ROOM_PERIOD);
     loop {
-        ticks.tick().await;
+        let pause = pace.next(server.activity());
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = server.store.written() => {}
+        }
         let of_task = Arc::clone(&server);
         let outcome = super::server::blocking(move || {
             of_task.store.tick();

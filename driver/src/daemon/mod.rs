@@ -21,6 +21,7 @@ mod listener;
 mod locks;
 mod names;
 mod notify;
+mod pace;
 pub mod protocol;
 mod recording;
 mod recovery;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::counters::ImageStatistics;
-use crate::device::Transport;
+use crate::device::{DataPath, QueueOptions, Transport};
 use crate::error::ErrorKind;
 pub use crate::figures::{BoundFigures, FillFigures, RecordingFigures, StartFigures};
 pub use crate::outage::Waiting;
@@ -204,6 +204,9 @@ pub struct AddRequest {
     pub name: Option<String>,
     /// How to serve it.
     pub transport: Transport,
+    /// How its queue is set up.
+    #[serde(default)]
+    pub queue: QueueOptions,
     /// Plain HTTP also for registries that are not on this machine.
     pub plain_http: bool,
     /// A credentials file to use instead of the usual ones.
@@ -328,6 +331,8 @@ pub struct DeviceStatus {
     pub device: PathBuf,
     /// `ublk` or `fuse`.
     pub transport: Transport,
+    /// How data gets into requests of a ublk device.
+    pub data_path: Option<DataPath>,
     /// Mount points made by `add --mount`.
     pub mounts: Vec<PathBuf>,
     /// Size of the device.

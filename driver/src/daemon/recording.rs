@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::attached::Attached;
+use super::pace::Pace;
 use super::protocol::{Answer, FillMode};
 use super::server::{Server, blocking, no_device};
 use super::start::running_trace;
@@ -120,8 +121,10 @@ impl Server {
 
     /// Widens the window of each device whose start has passed the end of its profile. Runs as long as the server.
     pub(super) async fn watch_read_ahead(self: Arc<Self>) {
+        let mut pace = Pace::new(READ_AHEAD_POLL);
         loop {
-            tokio::time::sleep(READ_AHEAD_POLL).await;
+            let pause = pace.next(self.activity());
+            let _ = tokio::time::timeout(pause, self.device_came.notified()).await;
             let is_due = |(name, attached): (&String, &Attached)| {
                 let start = &attached.start;
                 (start.wanted_read_ahead_kb() != start.read_ahead_kb()).then(|| name.clone())
@@ -134,6 +137,16 @@ impl Server {
                 }
             }
         }
+    }
+
+    /// Another number whenever a device was read from, something was fetched, or a device came or went.
+    pub(super) fn activity(&self) -> u64 {
+        let attached = self.attached.lock();
+        let of_device = |attached: &Attached| {
+            let counted = attached.image.statistics();
+            counted.reads + counted.fetched_chunks
+        };
+        attached.len() as u64 + attached.values().map(of_device).sum::<u64>()
     }
 
     pub(super) fn with_device<T>(&self, name: &str, work: impl FnOnce(&mut Attached) -> T) -> Result<T> {

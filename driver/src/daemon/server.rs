@@ -27,7 +27,7 @@ use super::state::{DeviceRecord, Records, boot_id};
 use super::takeover::{self, HANDED_OVER_EXIT_CODE, Known};
 use super::{Directories, cache, listener, names, recovery};
 use crate::attach::{AttachOptions, LoadedImage, ProfileSource, attach};
-use crate::device::Prepared;
+use crate::device::{Prepared, QueueOptions};
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pull::Pulled;
@@ -96,6 +96,7 @@ pub fn run_server(options: ServerOptions) -> Result<()> {
         engine,
         boot_id: boot_id()?,
         attached: Mutex::new(BTreeMap::new()),
+        device_came: tokio::sync::Notify::new(),
         locks: NameLocks::default(),
         stopping: AtomicBool::new(false),
         handed_over: AtomicBool::new(false),
@@ -136,6 +137,8 @@ pub(super) struct Server {
     pub(super) engine: Engine,
     pub(super) boot_id: String,
     pub(super) attached: Mutex<BTreeMap<String, Attached>>,
+    /// Ends the pauses of those who look at devices now and then.
+    pub(super) device_came: tokio::sync::Notify,
     pub(super) locks: NameLocks,
     /// Nothing is begun any more.
     stopping: AtomicBool,
@@ -277,9 +280,11 @@ impl Server {
             boot_id: self.boot_id.clone(),
         };
         let server = Arc::clone(&self);
-        let attached = blocking(move || server.start(loaded, record)).await?;
+        let queue = request.queue;
+        let attached = blocking(move || server.start(loaded, record, queue)).await?;
         let device = Box::new(attached.status());
         self.attached.lock().insert(device.name.clone(), attached);
+        self.device_came.notify_waiters();
         Ok(Answer::Added { device, created: true })
     }
 
@@ -288,11 +293,11 @@ impl Server {
     }
 
     /// Makes the device: record first, so that a server that dies here is succeeded by one that knows of it.
-    fn start(&self, loaded: LoadedImage, mut record: DeviceRecord) -> Result<Attached> {
+    fn start(&self, loaded: LoadedImage, mut record: DeviceRecord, queue: QueueOptions) -> Result<Attached> {
         let mut start = starting(&loaded, &record);
         let image = loaded.image;
         let fuse_directory = self.directories.fuse().join(&record.name);
-        let prepared = Prepared::new(record.transport, Arc::clone(&image), &fuse_directory)?;
+        let prepared = Prepared::new(record.transport, Arc::clone(&image), queue, &fuse_directory)?;
         record.ublk_id = prepared.ublk_id();
         self.records.write(&record)?;
         match prepared.start() {

@@ -7,12 +7,9 @@
 //! Invariant: a tag parks at most one request at a time and every parked request is resolved exactly once, by its waiter,
 //! by the waiter being dropped (EIO), or by [`CompletionPort::stop`] (EIO).
 
-use std::cell::RefCell;
-use std::future::poll_fn;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Poll, Waker};
 
 use crossbeam::queue::ArrayQueue;
 use rustix::event::{EventfdFlags, eventfd};
@@ -110,67 +107,6 @@ impl Drop for Ticket {
     }
 }
 
-#[derive(Debug)]
-enum Slot {
-    Free,
-    Parked(Option<Waker>),
-    Resolved(Outcome),
-}
-
-/// The queue thread's side: where its tags wait.
-#[derive(Debug)]
-pub(super) struct Parking {
-    slots: RefCell<Vec<Slot>>,
-}
-
-impl Parking {
-    /// Room for `tags` tags.
-    pub(super) fn new(tags: u16) -> Self {
-        Self { slots: RefCell::new((0..tags).map(|_| Slot::Free).collect()) }
-    }
-
-    /// Announces that the tag will wait. To be called before its waiter is given away.
-    pub(super) fn park(&self, tag: u16) {
-        self.slots.borrow_mut()[usize::from(tag)] = Slot::Parked(None);
-    }
-
-    /// Waits for the outcome.
-    pub(super) async fn outcome(&self, tag: u16) -> Outcome {
-        poll_fn(|context| {
-            let slot = &mut self.slots.borrow_mut()[usize::from(tag)];
-            match slot {
-                Slot::Resolved(outcome) => {
-                    let outcome = *outcome;
-                    *slot = Slot::Free;
-                    Poll::Ready(outcome)
-                }
-                Slot::Parked(_) | Slot::Free => {
-                    *slot = Slot::Parked(Some(context.waker().clone()));
-                    Poll::Pending
-                }
-            }
-        })
-        .await
-    }
-
-    /// Wakes the tag, if it waits.
-    pub(super) fn resolve(&self, tag: u16, outcome: Outcome) {
-        let mut slots = self.slots.borrow_mut();
-        let Some(slot @ Slot::Parked(_)) = slots.get_mut(usize::from(tag)) else { return };
-        if let Slot::Parked(Some(waker)) = std::mem::replace(slot, Slot::Resolved(outcome)) {
-            waker.wake();
-        }
-    }
-
-    /// Wakes every tag that waits.
-    pub(super) fn resolve_all(&self, outcome: Outcome) {
-        let tags = self.slots.borrow().len();
-        for tag in (0..tags).filter_map(|tag| u16::try_from(tag).ok()) {
-            self.resolve(tag, outcome);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,17 +144,6 @@ mod tests {
         let port = CompletionPort::new(1).unwrap();
         drop(port.waiter(0));
         assert_eq!(drained(&port), [(0, Err(libc::EIO))]);
-    }
-
-    #[test]
-    fn news_for_a_tag_that_does_not_wait_is_ignored() {
-        let parking = Parking::new(2);
-        parking.resolve(0, Ok(()));
-        parking.resolve(7, Ok(()));
-        parking.park(1);
-        parking.resolve_all(Err(5));
-        assert_eq!(smol::future::block_on(parking.outcome(1)), Err(5));
-        assert!(smol::future::block_on(smol::future::poll_once(parking.outcome(0))).is_none());
     }
 
     #[test]

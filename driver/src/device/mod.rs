@@ -25,10 +25,12 @@ mod read_ahead;
 pub mod ublk;
 pub(crate) mod ublk_control;
 mod ublk_queue;
+mod ublk_ring;
 
 pub use fuse::{FuseDevice, PreparedFuse};
 pub use read_ahead::{READ_AHEAD_DEFAULT_KB, READ_AHEAD_MAX_KB, set_read_ahead};
-pub use ublk::{PreparedUblk, UblkDevice};
+pub use ublk::{PreparedUblk, QueueOptions, UblkDevice};
+pub use ublk_ring::DataPath;
 
 /// How the bytes of an image get into the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,16 +79,16 @@ pub enum Prepared {
 }
 
 impl Prepared {
-    /// A new device. `directory` is private to this device (below the run directory, created when missing); only FUSE
-    /// uses it.
+    /// A new device. `queue` is for ublk; `directory`, private to this device (below the run directory, created when
+    /// missing), for FUSE.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] for [`Transport::Auto`], which [`crate::kernel::choose`] resolves; [`ErrorKind::Unsupported`]
     /// when the kernel lacks the transport; [`ErrorKind::TimedOut`] when the kernel does not answer.
-    pub fn new(transport: Transport, image: Arc<ServedImage>, directory: &Path) -> Result<Self> {
+    pub fn new(transport: Transport, image: Arc<ServedImage>, queue: QueueOptions, directory: &Path) -> Result<Self> {
         match transport {
             Transport::Auto => Err(Error::new(ErrorKind::Invalid, "transport auto: choose one first")),
-            Transport::Ublk => PreparedUblk::add(image).map(Self::Ublk),
+            Transport::Ublk => PreparedUblk::add(image, queue).map(Self::Ublk),
             Transport::Fuse => PreparedFuse::new(image, directory).map(Self::Fuse),
         }
     }
@@ -153,6 +155,15 @@ impl Device {
     pub fn ublk_id(&self) -> Option<u32> {
         match self {
             Self::Ublk(device) => Some(device.id()),
+            Self::Fuse(_) => None,
+        }
+    }
+
+    /// How data gets into requests of a ublk device.
+    #[must_use]
+    pub fn data_path(&self) -> Option<DataPath> {
+        match self {
+            Self::Ublk(device) => Some(device.data_path()),
             Self::Fuse(_) => None,
         }
     }

@@ -2,10 +2,10 @@
 //!
 //! A device is added with user recovery and re-issue: when its server dies, requests wait, and the next server gets the
 //! ones that were under way again. That is safe, since the device is read-only. All of `libublk` 0.4.8 is behind this
-//! module and `ublk_queue`: it adds devices and runs the queue. Three of its habits shape what is here:
+//! module and those beside it: it adds and opens devices. Three of its habits shape what is here:
 //! dropping a control handle deletes the device unless it was disowned; control handles belong to the thread that made
 //! them; its commands wait for ever. So a handle lives for ADD_DEV only, on a thread of its own with a deadline; every
-//! other command is our own (`ublk_control`).
+//! other command is our own (`ublk_control`), and so is the queue (`ublk_ring`).
 //!
 //! Order: everything that a partition scan or a probe reads is in the store before `start`, else 6.12 hangs unkillably
 //! when the server dies meanwhile. On the way down: fail what is parked, STOP_DEV, wait for the queue thread (it holds the
@@ -20,15 +20,17 @@ use std::time::{Duration, Instant};
 use libublk::ctrl::UblkCtrlBuilder;
 use libublk::io::UblkDev;
 use libublk::{UblkError, UblkFlags, sys};
+use serde::{Deserialize, Serialize};
 
 use super::completion::CompletionPort;
 use super::ublk_control::{COMMAND_TIMEOUT, Control, refused, timed_out};
 use super::ublk_queue;
+use super::ublk_ring::DataPath;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{BLOCK_SIZE_BYTES, ServedImage};
 
 /// Requests in flight, so the most misses at a time: 64 misses of 100 ms took 1.5 s at depth 8 and 0.72 s at 128.
-const QUEUE_DEPTH: u16 = 128;
+pub const QUEUE_DEPTH: u16 = 128;
 /// Largest request. The kernel splits larger ones; 1 MiB brought nothing. 128 of these are reserved, touched when used.
 const REQUEST_LEN_BYTES: u32 = 512 * 1024;
 /// Optimal I/O size, as a power of two. The kernel makes the read-ahead window max(128 KiB, twice this).
@@ -39,6 +41,8 @@ const BLOCK_SHIFT: u8 = 12;
 const MADE_BY_US: u32 = u32::from_be_bytes(*b"uimg");
 /// A read-only device may have requests re-issued, so always both.
 const FLAGS: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
+/// Reads of files land in the pages of requests (6.16; the first bit alone is older and means more work for each request).
+const ZERO_COPY_FLAGS: u64 = (sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG) as u64;
 /// How long devtmpfs or udev may take to make the node.
 const NODE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to wait for holders of a device that is being deleted. The kernel goes on by itself afterwards.
@@ -178,11 +182,22 @@ pub fn features() -> Result<u64> {
     Control::open()?.features()
 }
 
+/// How a queue is set up; what is not said is chosen here.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueOptions {
+    /// Zero copy where the kernel has it.
+    pub data_path: Option<DataPath>,
+    /// [`QUEUE_DEPTH`]; at most that.
+    pub depth: Option<u16>,
+}
+
 /// A device that was added, or is being recovered, and not started.
 pub struct PreparedUblk {
     id: u32,
     recovering: bool,
     device: Option<Box<UblkDev>>,
+    path: DataPath,
     image: Arc<ServedImage>,
 }
 
@@ -190,13 +205,24 @@ impl PreparedUblk {
     /// Adds a device; the kernel chooses the id.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`], [`ErrorKind::TimedOut`], or what the kernel refused.
-    pub fn add(image: Arc<ServedImage>) -> Result<Self> {
-        // For its better error messages.
-        drop(Control::open()?);
+    /// [`ErrorKind::Unsupported`], also for a data path that the kernel does not have, [`ErrorKind::TimedOut`], or what the
+    /// kernel refused.
+    pub fn add(image: Arc<ServedImage>, options: QueueOptions) -> Result<Self> {
+        let features = Control::open()?.features()?;
+        let has_zero_copy = features & ZERO_COPY_FLAGS == ZERO_COPY_FLAGS;
+        let path = match options.data_path {
+            None if has_zero_copy => DataPath::ZeroCopy,
+            None => DataPath::Copy,
+            Some(DataPath::ZeroCopy) if !has_zero_copy => {
+                let what = "this kernel's ublk driver has no automatic buffer registration (Linux 6.16): no zero copy";
+                return Err(Error::new(ErrorKind::Unsupported, what));
+            }
+            Some(path) => path,
+        };
         let device_len_bytes = u64::from(image.total_blocks()) * u64::from(BLOCK_SIZE_BYTES);
-        let device = with_deadline("ADD_DEV", move || add_device(device_len_bytes), discard)??;
-        Ok(Self { id: device.dev_info.dev_id, recovering: false, device: Some(Box::new(device)), image })
+        let depth = options.depth.unwrap_or(QUEUE_DEPTH);
+        let device = with_deadline("ADD_DEV", move || add_device(device_len_bytes, depth, path), discard)??;
+        Ok(Self { id: device.dev_info.dev_id, recovering: false, device: Some(Box::new(device)), path, image })
     }
 
     /// Begins to take over a device whose server died.
@@ -217,9 +243,11 @@ impl PreparedUblk {
         check_len(id, &image)?;
         control.start_recovery(id)?;
         let device_len_bytes = u64::from(image.total_blocks()) * u64::from(BLOCK_SIZE_BYTES);
-        let open = move || open_device(id, info.queue_depth, info.max_io_buf_bytes, device_len_bytes);
+        let zero_copy = info.flags & ZERO_COPY_FLAGS;
+        let path = if zero_copy == ZERO_COPY_FLAGS { DataPath::ZeroCopy } else { DataPath::Copy };
+        let open = move || open_device(id, info.queue_depth, info.max_io_buf_bytes, device_len_bytes, zero_copy);
         let device = with_deadline("GET_DEV_INFO", open, drop)??;
-        Ok(Self { id, recovering: true, device: Some(Box::new(device)), image })
+        Ok(Self { id, recovering: true, device: Some(Box::new(device)), path, image })
     }
 
     /// N of `/dev/ublkbN`.
@@ -239,7 +267,8 @@ impl PreparedUblk {
         };
         let mut control = Control::open()?;
         let params = device.tgt.params;
-        let started = spawn_queue(*device, Arc::clone(&self.image)).and_then(|serving| {
+        let path = self.path;
+        let started = spawn_queue(*device, path, Arc::clone(&self.image)).and_then(|serving| {
             if self.recovering {
                 control.end_recovery(id)?;
             } else {
@@ -249,7 +278,7 @@ impl PreparedUblk {
             Ok(serving)
         });
         let (port, ended) = started?;
-        let device = UblkDevice { id, path: PathBuf::from(format!("/dev/ublkb{id}")), port, ended };
+        let device = UblkDevice { id, path: PathBuf::from(format!("/dev/ublkb{id}")), data_path: path, port, ended };
         if let Err(error) = wait_for_node(&device.path) {
             if !self.recovering {
                 self.recovering = true; // It is deleted here, not once more by our own drop.
@@ -288,6 +317,7 @@ impl Drop for PreparedUblk {
 pub struct UblkDevice {
     id: u32,
     path: PathBuf,
+    data_path: DataPath,
     port: Arc<CompletionPort>,
     /// Disconnected when the queue thread ended.
     ended: Receiver<()>,
@@ -304,6 +334,12 @@ impl UblkDevice {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// How data gets into requests.
+    #[must_use]
+    pub fn data_path(&self) -> DataPath {
+        self.data_path
     }
 
     /// See [`super::Device::stop`].
@@ -333,21 +369,26 @@ impl UblkDevice {
 }
 
 /// ADD_DEV. Deletes it again when it is not as asked for.
-fn add_device(device_len_bytes: u64) -> Result<UblkDev> {
+fn add_device(device_len_bytes: u64, depth: u16, path: DataPath) -> Result<UblkDev> {
+    let flags = match path {
+        DataPath::ZeroCopy => FLAGS | ZERO_COPY_FLAGS,
+        DataPath::Copy => FLAGS,
+    };
     let control = UblkCtrlBuilder::default()
         .name("ublkimg")
         .nr_queues(1)
-        .depth(QUEUE_DEPTH)
+        .depth(depth)
         .io_buf_bytes(REQUEST_LEN_BYTES)
-        .ctrl_flags(FLAGS)
+        .ctrl_flags(flags)
         .ctrl_target_flags(u64::from(MADE_BY_US) << 32 | u64::from(std::process::id()))
         .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
         .build()
         .map_err(|error| library_error("ADD_DEV", u32::MAX, error))?;
     let info = control.dev_info();
     // The kernel clears flags that it does not know.
-    if info.flags & FLAGS != FLAGS {
-        return Err(Error::new(ErrorKind::Unsupported, "the ublk driver has no user recovery (Linux 6.1 or later)"));
+    if info.flags & flags != flags {
+        let what = format!("the ublk driver leaves out {:#x} of the features that it has", flags & !info.flags);
+        return Err(Error::new(ErrorKind::Unsupported, what));
     }
     let device = UblkDev::new("ublkimg".into(), |device| set_params(device, device_len_bytes), &control)
         .map_err(|error| library_error("opening the character device", info.dev_id, error))?;
@@ -356,14 +397,14 @@ fn add_device(device_len_bytes: u64) -> Result<UblkDev> {
 }
 
 /// Opens the character device of a device under recovery.
-fn open_device(id: u32, depth: u16, request_len_bytes: u32, device_len_bytes: u64) -> Result<UblkDev> {
+fn open_device(id: u32, depth: u16, request_len_bytes: u32, device_len_bytes: u64, zero_copy: u64) -> Result<UblkDev> {
     let control = UblkCtrlBuilder::default()
         .name("ublkimg")
         .id(i32::try_from(id).unwrap_or(i32::MAX))
         .nr_queues(1)
         .depth(depth)
         .io_buf_bytes(request_len_bytes)
-        .ctrl_flags(FLAGS)
+        .ctrl_flags(FLAGS | zero_copy)
         .dev_flags(UblkFlags::UBLK_DEV_F_RECOVER_DEV)
         .build()
         .map_err(|error| library_error("GET_DEV_INFO", id, error))?;
@@ -373,8 +414,6 @@ fn open_device(id: u32, depth: u16, request_len_bytes: u32, device_len_bytes: u6
 
 fn set_params(device: &mut UblkDev, device_len_bytes: u64) -> Result<(), UblkError> {
     device.set_default_params(device_len_bytes);
-    // Completions of a tag's reads and of the eventfd beside one command a tag.
-    device.tgt.cq_depth = 2 * device.dev_info.queue_depth;
     let basic = &mut device.tgt.params.basic;
     basic.attrs = sys::UBLK_ATTR_READ_ONLY;
     basic.logical_bs_shift = BLOCK_SHIFT;
@@ -387,7 +426,7 @@ fn set_params(device: &mut UblkDev, device_len_bytes: u64) -> Result<(), UblkErr
 type Serving = (Arc<CompletionPort>, Receiver<()>);
 
 /// Starts the queue thread; returns when its queue is set up.
-fn spawn_queue(device: UblkDev, image: Arc<ServedImage>) -> Result<Serving> {
+fn spawn_queue(device: UblkDev, path: DataPath, image: Arc<ServedImage>) -> Result<Serving> {
     let id = device.dev_info.dev_id;
     let port = CompletionPort::new(device.dev_info.queue_depth)
         .map_err(|error| Error::io(format!("ublk device {id}: eventfd"), error))?;
@@ -397,7 +436,7 @@ fn spawn_queue(device: UblkDev, image: Arc<ServedImage>) -> Result<Serving> {
     std::thread::Builder::new()
         .name(format!("ublk{id}"))
         .spawn(move || {
-            let serve = || ublk_queue::serve(&device, &image, &queue_port, &up);
+            let serve = || ublk_queue::serve(&device, path, &image, &queue_port, &up);
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(serve)).is_err() {
                 tracing::error!(id, "the queue thread panicked; aborting, so that the device can be recovered");
                 std::process::abort();
@@ -408,7 +447,7 @@ fn spawn_queue(device: UblkDev, image: Arc<ServedImage>) -> Result<Serving> {
         .map_err(|error| Error::io(format!("ublk device {id}: queue thread"), error))?;
     match is_up.recv_timeout(COMMAND_TIMEOUT) {
         Ok(Ok(())) => Ok((port, ended)),
-        Ok(Err(error)) => Err(library_error("setting up the queue", id, error)),
+        Ok(Err(error)) => Err(Error::io(format!("ublk device {id}: set up the queue"), error)),
         Err(_) => Err(timed_out("queue set-up", COMMAND_TIMEOUT)),
     }
 }

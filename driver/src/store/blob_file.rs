@@ -9,15 +9,17 @@ use std::fs::{File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use crossbeam::channel::Sender;
 use parking_lot::{Mutex, RwLock};
+use tokio::sync::Notify;
 use ublkimg_image::{BLOCK_SIZE, Sha256};
 
 use super::bitmap::Bitmap;
 use super::bitmap_file::{self, BootId, Identity, Validity};
 use super::disk;
+use super::evictions::Evictions;
 use super::layout::{BlobPaths, sync_directory_of};
 use super::overflow::Overflow;
 use super::sums::{self, Verdict};
@@ -26,29 +28,14 @@ use crate::error::{Error, ErrorKind, Result};
 /// Blocks that are evicted together: 1 MiB, a few chunks. Smaller ones would make the disk's map of the file long.
 const EXTENT_BLOCKS: u32 = 256;
 
-/// Evictions so far, anywhere in the store.
-///
-/// A block may be evicted while it is read. Who reads looks at this number, then at the bits, reads, and looks again: if
-/// it is the same, what was read was there all the time, since the number changes between the bits and the holes.
-#[derive(Debug, Default)]
-pub(crate) struct Evictions(AtomicU64);
-
-impl Evictions {
-    pub(crate) fn count(&self) -> u64 {
-        self.0.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn note(&self) {
-        self.0.fetch_add(1, Ordering::SeqCst);
-    }
-}
-
 /// What the blob files of a store have in common.
 #[derive(Debug, Clone)]
 pub(super) struct Shared {
     /// Keeps other processes out of the store for as long as a file is written.
     pub(super) lock: Arc<File>,
     pub(super) wake_sync: Sender<()>,
+    /// Told when something is written after a while without.
+    pub(super) written: Arc<Notify>,
     pub(super) evictions: Arc<Evictions>,
     pub(super) overflow: Arc<Overflow>,
     /// Seconds since 1970, as of a moment ago.
@@ -306,6 +293,7 @@ impl BlobFile {
         if !self.dirty.swap(true, Ordering::AcqRel) {
             // A full channel means that the thread is about to look anyway; no receiver, that the store is closing.
             let _ = self.shared.wake_sync.try_send(());
+            self.shared.written.notify_one();
         }
         Ok(())
     }
@@ -362,7 +350,7 @@ impl BlobFile {
             written.map_err(|error| Error::path("write", &self.paths.live, error))?;
         }
         self.make_durable()?;
-        self.shared.evictions.note();
+        self.shared.evictions.note_and_wait();
         for range in ranges {
             let bytes = u64::from(range.start) * BLOCK_SIZE as u64..u64::from(range.end) * BLOCK_SIZE as u64;
             let punched = disk::punch_hole(&self.paths.data, &self.data, bytes);

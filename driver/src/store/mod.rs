@@ -9,6 +9,7 @@ mod bitmap;
 mod bitmap_file;
 mod blob_file;
 mod disk;
+mod evictions;
 #[cfg(test)]
 pub(crate) mod journal;
 mod layout;
@@ -43,7 +44,9 @@ use ublkimg_image::Sha256;
 use self::bitmap_file::{BootId, Identity};
 pub use self::blob_file::BlobFile;
 pub(crate) use self::blob_file::Place;
-use self::blob_file::{Evictions, Shared};
+use self::blob_file::Shared;
+use self::evictions::Evictions;
+pub(crate) use self::evictions::Reader;
 
 use self::layout::Layout;
 pub use self::objects::OBJECT_BYTES_MAX;
@@ -125,7 +128,14 @@ impl Store {
         Ok(Self {
             layout,
             boot_id,
-            shared: Shared { lock: Arc::new(lock), wake_sync, overflow: Arc::new(overflow), evictions, clock_s },
+            shared: Shared {
+                lock: Arc::new(lock),
+                wake_sync,
+                written: Arc::default(),
+                overflow: Arc::new(overflow),
+                evictions,
+                clock_s,
+            },
             blobs,
             stop_sync: Some(stop_sync),
             sync_thread: Some(sync_thread),
@@ -154,6 +164,11 @@ impl Store {
         // A full channel means that the thread is about to look anyway.
         let _ = self.shared.wake_sync.try_send(());
         Ok(blob)
+    }
+
+    /// Waits until something is written after a while without, or has been since this was last called.
+    pub async fn written(&self) {
+        self.shared.written.notified().await;
     }
 
     /// Makes durable what was written so far.

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use rustix::fs::MemfdFlags;
 use ublkimg_image::{BLOCK_SIZE, CHUNK_BYTES, Sha256};
 
-use super::blob_file::Evictions;
+use super::evictions::Evictions;
 use crate::error::{Error, Result};
 
 /// Chunks that are kept, 64 MiB in all: several times what is demanded at a time, so that a chunk is read before it goes.

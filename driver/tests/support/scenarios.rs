@@ -5,7 +5,7 @@ use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ublkimg_driver::device::{Device, Prepared, Transport};
+use ublkimg_driver::device::{Device, Prepared, QueueOptions, Transport};
 
 use super::image::{CHUNK_BLOCKS, CHUNKS, Content, Driver, Origin};
 use super::{BLOCK_LEN, open_direct, read_blocks};
@@ -14,6 +14,19 @@ use super::{BLOCK_LEN, open_direct, read_blocks};
 const PENDING_MISSES: u32 = 64;
 const MEASURED_READS: u32 = 300;
 const ROUNDS: u32 = 4;
+
+/// How the device of a scenario is served.
+#[derive(Clone, Copy)]
+pub(crate) struct How {
+    pub(crate) transport: Transport,
+    pub(crate) queue: QueueOptions,
+}
+
+impl From<Transport> for How {
+    fn from(transport: Transport) -> Self {
+        Self { transport, queue: QueueOptions::default() }
+    }
+}
 
 /// An image and the device that serves it.
 pub(crate) struct Served {
@@ -25,12 +38,12 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    pub(crate) fn start(transport: Transport) -> Self {
+    pub(crate) fn start(how: How) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let origin = Origin::start();
         let driver = Driver::attach(&origin.reference(), &directory.path().join("store"));
         let run = directory.path().join("run");
-        let device = Prepared::new(transport, driver.image.clone(), &run).unwrap().start().unwrap();
+        let device = Prepared::new(how.transport, driver.image.clone(), how.queue, &run).unwrap().start().unwrap();
         Self { origin, driver, run, device: Some(device), _directory: directory }
     }
 
@@ -70,15 +83,15 @@ pub(crate) fn compare_device(path: &Path, content: &Content) {
     }
 }
 
-pub(crate) fn the_whole_device_equals_its_source(transport: Transport) {
-    let mut served = Served::start(transport);
+pub(crate) fn the_whole_device_equals_its_source(how: How) {
+    let mut served = Served::start(how);
     compare_device(served.device().path(), &served.origin.content());
     served.stop().unwrap();
     assert_eq!(served.driver.image.statistics().errors, 0);
 }
 
-pub(crate) fn pending_misses_do_not_delay_hits(transport: Transport) {
-    let mut served = Served::start(transport);
+pub(crate) fn pending_misses_do_not_delay_hits(how: How) {
+    let mut served = Served::start(how);
     let file = open_direct(served.device().path());
     served.read_chunk(0).join().unwrap().unwrap();
     let idle = latencies(&served, &file);
@@ -126,9 +139,9 @@ fn latencies_once(served: &Served, file: &File) -> (Duration, Duration) {
     (all[all.len() / 2], all[all.len() * 99 / 100])
 }
 
-pub(crate) fn a_chunk_that_fails_gives_eio_and_its_neighbours_read(transport: Transport) {
+pub(crate) fn a_chunk_that_fails_gives_eio_and_its_neighbours_read(how: How) {
     const BAD: u32 = 50;
-    let mut served = Served::start(transport);
+    let mut served = Served::start(how);
     served.origin.spoil(BAD);
     let (bad, next) = (served.origin.chunk_block(BAD), served.origin.chunk_block(BAD + 1));
     let file = open_direct(served.device().path());
@@ -147,8 +160,8 @@ pub(crate) fn a_chunk_that_fails_gives_eio_and_its_neighbours_read(transport: Tr
     served.stop().unwrap();
 }
 
-pub(crate) fn stopping_fails_what_waits(transport: Transport) {
-    let mut served = Served::start(transport);
+pub(crate) fn stopping_fails_what_waits(how: How) {
+    let mut served = Served::start(how);
     served.origin.hold();
     let readers: Vec<_> = (1..9).map(|index| served.read_chunk(index * 10)).collect();
     served.driver.wait_for(8);
@@ -160,8 +173,8 @@ pub(crate) fn stopping_fails_what_waits(transport: Transport) {
     }
 }
 
-pub(crate) fn many_readers_at_once(transport: Transport) {
-    let mut served = Served::start(transport);
+pub(crate) fn many_readers_at_once(how: How) {
+    let mut served = Served::start(how);
     served.origin.delay(1);
     let readers: Vec<_> = (0..8_u32)
         .map(|reader| {

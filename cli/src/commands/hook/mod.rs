@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use ublkimg_driver::daemon::protocol::{AddRequest, DeviceStatus, FillMode, Request, StartOptions};
 use ublkimg_driver::daemon::{Directories, client};
+use ublkimg_driver::device::QueueOptions;
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_image::Sha256;
 
@@ -128,6 +129,7 @@ impl Call<'_> {
             name: Some(device_name(&reference)),
             reference,
             transport: add::transport(self.command.transport),
+            queue: QueueOptions::default(),
             plain_http: self.command.registry.plain_http,
             auth_file: self.command.registry.auth_file.as_deref().map(super::absolute).transpose()?,
             attach_timeout_ms: add::milliseconds(self.command.timeout),

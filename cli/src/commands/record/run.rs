@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use ublkimg_driver::daemon::client;
 use ublkimg_driver::daemon::protocol::{AddRequest, FillMode, Request, StartFigures, StartOptions};
+use ublkimg_driver::device::QueueOptions;
 use ublkimg_driver::error::{Error, ErrorKind};
 
 use super::super::{add, events, image_config, status};
@@ -139,6 +140,7 @@ fn add_request(command: &RecordRun, reference: &str, name: &str) -> anyhow::Resu
         reference: super::super::location(reference)?.to_string(),
         name: Some(name.to_owned()),
         transport: add::transport(command.transport),
+        queue: QueueOptions::default(),
         plain_http: command.registry.plain_http,
         auth_file: command.registry.auth_file.as_deref().map(super::super::absolute).transpose()?,
         attach_timeout_ms: add::milliseconds(ATTACH_TIMEOUT),
