@@ -40,6 +40,10 @@ pub(crate) const PROGRESS_MAX: usize = 1024;
 /// Threads that speak to registries: TLS at 10 Gbit/s needs no more.
 const NETWORK_THREADS: usize = 2;
 
+/// Threads for what blocks on the disk or the kernel: what all commands and the recovery of all images do at a time. Who
+/// finds none waits for one; none of them waits for another.
+pub(crate) const BLOCKING_THREADS_MAX: usize = 128;
+
 /// First and longest pause between attempts, on top of the pauses that the registry crate makes.
 const PAUSE_MIN: Duration = Duration::from_millis(200);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
@@ -118,6 +122,7 @@ impl Fetcher {
     pub(crate) fn start(progress: Sender<Progress>) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(NETWORK_THREADS)
+            .max_blocking_threads(BLOCKING_THREADS_MAX)
             .thread_name("fetch")
             .enable_all()
             .build()

@@ -16,6 +16,7 @@ mod fixture;
 mod hot;
 pub mod image;
 pub mod kernel;
+mod memory;
 pub mod mounts;
 pub mod namespace;
 mod outage;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -10,6 +11,7 @@ use tempfile::TempDir;
 use ublkimg_image::BLOCK_SIZE;
 use ublkimg_registry::{Digest, Location};
 
+use crate::fetch::BLOCKING_THREADS_MAX;
 use crate::fixture::{Image, LayerContent, blob_path, read};
 use crate::image::{Plan, Readiness};
 use crate::{AttachOptions, Engine, ErrorKind, LoadedImage, Result, Store, attach, reopen};
@@ -135,6 +137,65 @@ fn there_are_so_many_images_and_then_no_more() {
     assert!(refused.chain().contains("remove one first"), "{}", refused.chain());
     loaded.pop();
     rig.attach(&location).unwrap();
+}
+
+#[test]
+fn attaching_waits_for_memory_that_others_have() {
+    let rig = Rig::new();
+    let location = rig.push(&two_layers(), "v1");
+    let memory = rig.store.memory();
+    for budget in [&memory.stored, &memory.raw] {
+        let all = rig.engine.runtime().block_on(budget.take(u64::MAX)).unwrap();
+        let options = AttachOptions { attach_deadline: Duration::from_millis(300), ..AttachOptions::default() };
+        let waits = rig.engine.runtime().block_on(attach(&rig.store, &rig.engine, &location, &options));
+        assert_eq!(waits.unwrap_err().kind(), ErrorKind::TimedOut);
+        drop(all);
+        rig.attach(&location).unwrap();
+        assert!(budget.try_take(u64::MAX).is_some(), "it is given back");
+    }
+}
+
+#[test]
+fn attached_images_keep_so_much_memory_and_the_next_is_refused() {
+    let rig = Rig::new();
+    let location = rig.push(&two_layers(), "v1");
+    let kept = &rig.store.memory().kept;
+    let all = kept.try_take(u64::MAX).unwrap();
+    let refused = rig.attach(&location).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Busy);
+    assert!(refused.chain().contains("remove one first"), "{}", refused.chain());
+    drop(all);
+    let loaded = rig.attach(&location).unwrap();
+    assert!(kept.try_take(u64::MAX).is_none(), "it has its share");
+    drop(loaded);
+    assert!(kept.try_take(u64::MAX).is_some(), "it has given it back");
+}
+
+#[test]
+fn so_many_things_that_may_block_go_on_at_once() {
+    let rig = Rig::new();
+    let (begun, may_end) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let work = |_| {
+        let (begun, may_end) = (Arc::clone(&begun), Arc::clone(&may_end));
+        rig.engine.runtime().spawn_blocking(move || {
+            begun.fetch_add(1, Ordering::SeqCst);
+            while !may_end.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        })
+    };
+    let all: Vec<_> = (0..2 * BLOCKING_THREADS_MAX).map(work).collect();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while begun.load(Ordering::SeqCst) < BLOCKING_THREADS_MAX && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(begun.load(Ordering::SeqCst), BLOCKING_THREADS_MAX, "the others wait");
+    may_end.store(true, Ordering::SeqCst);
+    for one in all {
+        rig.engine.runtime().block_on(one).unwrap();
+    }
+    assert_eq!(begun.load(Ordering::SeqCst), 2 * BLOCKING_THREADS_MAX);
 }
 
 #[test]

@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::*;
+use crate::flight::{DEMAND_CHUNKS_TOTAL_MAX, PREFETCH_BYTES_MAX};
 use crate::link::{DEMAND_CHUNKS_MAX, PREFETCH_REQUESTS_MAX};
-use crate::types::{BlobKind, ChunkEntry, Class, Estimate, ImageKey, LinkKey, Ticket};
+use crate::types::{BlobKind, ChunkEntry, Class, Estimate, FillMode, ImageKey, LinkKey, Ticket};
 
 const CHUNK_LEN_BYTES: u32 = 200 << 10;
 
@@ -176,6 +177,43 @@ fn demands_past_the_maximum_wait_in_order() {
     assert_eq!(actions.len(), DEMAND_CHUNKS_MAX);
     let actions = rig.step(Event::Fetched { chunk: chunks[0] });
     assert_eq!(actions, [fetch(chunks[DEMAND_CHUNKS_MAX], Class::Demand)]);
+}
+
+#[test]
+fn all_links_together_have_so_many_demands_on_their_way() {
+    const LINKS: u32 = 7;
+    let mut rig = Rig::new(0, 0);
+    let chunks: Vec<ChunkEntry> = (0..100).map(entry).collect();
+    let mut demand = |number: u32| {
+        let blob = BlobKey(number);
+        rig.step(Event::AddBlob { blob, link: LinkKey(number), kind: BlobKind::Layer, chunks: &chunks });
+        let demanded: Vec<ChunkKey> = (0..50).map(|chunk| key(number, chunk * 2)).collect();
+        rig.demand(number.into(), &demanded).len()
+    };
+    let fetches: Vec<usize> = (0..LINKS).map(&mut demand).collect();
+    assert_eq!(fetches[0], DEMAND_CHUNKS_MAX);
+    assert_eq!(fetches.iter().sum::<usize>(), DEMAND_CHUNKS_TOTAL_MAX);
+    assert_eq!(rig.step(Event::Fetched { chunk: key(0, 0) }).len(), 1, "one ends, another begins");
+}
+
+#[test]
+fn what_has_come_and_is_not_decoded_is_bounded_over_all_blobs() {
+    let mut rig = Rig::new(4, 1000);
+    rig.step(Event::AddImage { image: IMAGE, link: LINK });
+    let blobs = [0, 1, 2, 3].map(BlobKey);
+    let mut actions = rig.step(Event::SetFill { image: IMAGE, mode: FillMode::Full, blobs: &blobs });
+    let mut arrived = 0;
+    while let Some(action) = actions.pop() {
+        let Action::Fetch { blob, chunks, .. } = action else { continue };
+        for chunk in chunks {
+            arrived += u64::from(CHUNK_LEN_BYTES);
+            assert!(arrived <= PREFETCH_BYTES_MAX, "more has come than may wait for the decoders");
+            actions.extend(rig.step(Event::Arrived { chunk: key(blob.0, chunk) }));
+        }
+    }
+    assert!(arrived > PREFETCH_BYTES_MAX - 2 * u64::from(CHUNK_LEN_BYTES), "{arrived}");
+    let goes_on = rig.step(Event::Fetched { chunk: key(0, 0) });
+    assert!(matches!(goes_on[..], [Action::Fetch { class: Class::Fill, .. }]), "{goes_on:?}");
 }
 
 #[test]

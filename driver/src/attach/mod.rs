@@ -28,6 +28,7 @@ use crate::engine::{AddedBlob, Attachment, Engine, NewBlob};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fetch::Source;
 use crate::image::{ServedBlob, ServedImage, local};
+use crate::memory::Share;
 use crate::start_events::{FetchClass, Get, Mark};
 use crate::store::Store;
 
@@ -115,12 +116,11 @@ pub async fn attach(
             let (bytes, manifest) = attaching.manifest(&named).await?;
             // The disk takes as long as the registry: neither waits for the other.
             let kept = attaching.keep_manifest(&named, bytes);
-            let ((), blob) = tokio::try_join!(kept, attaching.metadata_blob(&manifest))?;
-            Ok((manifest, blob))
+            let ((), checked) = tokio::try_join!(kept, attaching.checked(&manifest))?;
+            Ok((manifest, checked))
         };
         let profile = attaching.profile(&named, options);
-        let ((manifest, blob), profile) = tokio::try_join!(image, profile)?;
-        let checked = attaching.check(&manifest, blob).await?;
+        let ((manifest, checked), profile) = tokio::try_join!(image, profile)?;
         let loaded = attaching.serve(named.digest, manifest, checked, profile).await?;
         known::keep(store, location, known.as_ref(), &loaded).await;
         Ok(loaded)
@@ -152,16 +152,14 @@ impl KnownImage {
         options: &AttachOptions,
     ) -> Result<Self> {
         let repository = open(location, options).await?;
-        let of_blocking = Arc::clone(store);
-        let (manifest, checked) = blocking(move || {
-            let not_here = |digest: Digest| Error::new(ErrorKind::NotFound, format!("{digest} is not in the store"));
-            let object = |digest: Digest| of_blocking.object(Sha256(digest.0))?.ok_or_else(|| not_here(digest));
-            let manifest = parse(manifest_digest, &object(manifest_digest)?)?;
-            let blob = object(manifest.metadata.digest)?;
-            let checked = CheckedImage::new(&of_blocking, &manifest, &blob)?;
-            Ok((manifest, checked))
-        })
-        .await?;
+        let object = async |digest: Digest| {
+            let not_here = || Error::new(ErrorKind::NotFound, format!("{digest} is not in the store"));
+            stored(store, digest).await?.ok_or_else(not_here)
+        };
+        let manifest = parse(manifest_digest, &object(manifest_digest).await?)?;
+        let share = store.memory().stored.take(manifest.metadata.size_bytes).await?;
+        let blob = object(manifest.metadata.digest).await?;
+        let checked = check(store, &manifest, blob, share).await?;
         Ok(Self { location: location.clone(), repository, manifest_digest, manifest, checked })
     }
 
@@ -313,15 +311,16 @@ impl<'a> Attaching<'a> {
         Ok(manifest)
     }
 
-    /// The metadata blob, from the store or into it.
-    async fn metadata_blob(&self, manifest: &ErofsManifest) -> Result<Bytes> {
+    /// The image of the metadata blob, which comes from the store or into it.
+    async fn checked(&self, manifest: &ErofsManifest) -> Result<CheckedImage> {
         let (digest, len_bytes) = (manifest.metadata.digest, manifest.metadata.size_bytes);
+        let share = self.store.memory().stored.take(len_bytes).await?;
         let arriving = |received_bytes: u64, receiving: Duration, round_trip: Duration| {
             self.turn.pass_if_near(received_bytes, len_bytes, receiving, round_trip);
         };
         let blob = self.blob("metadata blob", digest, len_bytes, arriving).await?;
         self.turn.pass();
-        Ok(blob)
+        check(self.store, manifest, blob, share).await
     }
 
     /// A whole blob, from the store or into it; `what` it is. Whoever names it bounds its size. `arriving` is told how
@@ -357,14 +356,9 @@ impl<'a> Attaching<'a> {
         Ok(blob)
     }
 
-    async fn check(&self, manifest: &ErofsManifest, metadata_blob: Bytes) -> Result<CheckedImage> {
-        let (store, manifest) = (Arc::clone(self.store), manifest.clone());
-        blocking(move || CheckedImage::new(&store, &manifest, &metadata_blob)).await
-    }
-
     /// The last step: the blobs are made known to the engine, and the image can be read.
     async fn serve(
-        self,
+        mut self,
         manifest_digest: Digest,
         manifest: ErofsManifest,
         checked: CheckedImage,
@@ -372,6 +366,8 @@ impl<'a> Attaching<'a> {
     ) -> Result<LoadedImage> {
         let (store, of_blocking) = (Arc::clone(self.store), manifest.clone());
         let prepared = blocking(move || checked.open(&store, &of_blocking)).await?;
+        self.attachment.keep(prepared.kept);
+        let profile = profile.and_then(|profile| self.with_room(profile));
         let new_blob = |(blob, digest): (&PreparedBlob, Digest)| NewBlob {
             kind: BlobKind::Layer,
             file: Arc::clone(&blob.file),
@@ -419,8 +415,7 @@ impl<'a> Attaching<'a> {
     }
 
     async fn stored(&self, digest: Digest) -> Result<Option<Bytes>> {
-        let store = Arc::clone(self.store);
-        blocking(move || Ok(store.object(Sha256(digest.0))?.map(Bytes::from))).await
+        stored(self.store, digest).await
     }
 
     async fn keep(&self, digest: Digest, bytes: Bytes) -> Result<()> {
@@ -447,6 +442,26 @@ impl<'a> Attaching<'a> {
 
 fn parse(digest: Digest, manifest: &[u8]) -> Result<ErofsManifest> {
     ErofsManifest::parse(manifest).map_err(|error| bad_manifest(digest, error))
+}
+
+/// Checks a metadata blob, and gives its share of memory back.
+async fn check(store: &Arc<Store>, manifest: &ErofsManifest, blob: Bytes, share: Share) -> Result<CheckedImage> {
+    let (of_blocking, manifest) = (Arc::clone(store), manifest.clone());
+    let (raw_len_bytes, manifest, blob) =
+        blocking(move || Ok((prepare::raw_len_bytes(&manifest, &blob), manifest, blob))).await?;
+    let raw_share = store.memory().raw.take(raw_len_bytes).await?;
+    blocking(move || {
+        let checked = CheckedImage::new(&of_blocking, &manifest, &blob);
+        drop((blob, share, raw_share));
+        checked
+    })
+    .await
+}
+
+/// An object of the store.
+async fn stored(store: &Arc<Store>, digest: Digest) -> Result<Option<Bytes>> {
+    let store = Arc::clone(store);
+    blocking(move || Ok(store.object(Sha256(digest.0))?.map(Bytes::from))).await
 }
 
 /// Names the link to a registry host; a directory is one of its own.

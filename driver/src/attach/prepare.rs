@@ -16,10 +16,8 @@ use ublkimg_scheduler::ChunkEntry;
 
 use crate::engine::entries;
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::{KEPT_BYTES_PER_CHUNK, METADATA_RAW_BYTES_MAX, Share};
 use crate::store::{BlobFile, Store};
-
-/// Longest metadata image, in bytes, while it is decoded in memory: three to ten million files.
-const METADATA_RAW_BYTES_MAX: u64 = 1 << 30;
 
 /// Bytes of a stored metadata image that are compared at a time.
 const COMPARE_BYTES: usize = 1 << 20;
@@ -30,6 +28,7 @@ pub(super) struct CheckedImage {
     metadata: std::fs::File,
     metadata_blocks: u32,
     layers: Vec<BundledLayer>,
+    kept: Share,
 }
 
 /// A checked image with all its files open.
@@ -37,6 +36,8 @@ pub(super) struct Prepared {
     pub(super) metadata: std::fs::File,
     pub(super) metadata_blocks: u32,
     pub(super) blobs: Vec<PreparedBlob>,
+    /// The memory of their indexes.
+    pub(super) kept: Share,
 }
 
 /// A layer blob.
@@ -47,7 +48,8 @@ pub(super) struct PreparedBlob {
 }
 
 impl CheckedImage {
-    /// `blob` is the metadata blob, which has the digest that the manifest names.
+    /// `blob` is the metadata blob, which has the digest that the manifest names. There is room in memory for
+    /// [`raw_len_bytes`] of it.
     pub(super) fn new(store: &Store, manifest: &ErofsManifest, blob: &[u8]) -> Result<Self> {
         let digest = manifest.metadata.digest;
         let corrupt = |why: &str| Error::new(ErrorKind::Corrupt, format!("metadata blob {digest}: {why}"));
@@ -56,6 +58,7 @@ impl CheckedImage {
         let bundle = skippable_payload(SkippableKind::Ublkimg, bundle).and_then(Bundle::decode);
         let bundle = bundle.map_err(|error| bad_format(digest, error))?;
         check_bundle(&bundle, &manifest.layers)?;
+        let kept = room_for(store, &bundle)?;
         let mut metadata = decode_metadata(frames).map_err(|error| {
             Error::caused(ErrorKind::Corrupt, format!("metadata blob {digest} does not decode"), error)
         })?;
@@ -67,14 +70,14 @@ impl CheckedImage {
         let block0 = metadata.first_chunk_mut::<BLOCK_SIZE>().ok_or_else(|| corrupt("empty"))?;
         *block0 = flat_block0(block0, total_blocks).map_err(|error| bad_format(digest, error))?;
         let metadata = open_metadata(store, Sha256(digest.0), &metadata)?;
-        Ok(Self { metadata, metadata_blocks: geometry.metadata_blocks, layers: bundle.layers })
+        Ok(Self { metadata, metadata_blocks: geometry.metadata_blocks, layers: bundle.layers, kept })
     }
 
     /// Opens the blob files. For the owner of the store.
     pub(super) fn open(self, store: &Store, manifest: &ErofsManifest) -> Result<Prepared> {
         let blobs = self.layers.into_iter().zip(&manifest.layers);
         let blobs = blobs.map(|(bundled, layer)| PreparedBlob::open(store, bundled, layer)).collect::<Result<_>>()?;
-        Ok(Prepared { metadata: self.metadata, metadata_blocks: self.metadata_blocks, blobs })
+        Ok(Prepared { metadata: self.metadata, metadata_blocks: self.metadata_blocks, blobs, kept: self.kept })
     }
 }
 
@@ -118,12 +121,39 @@ fn check_geometry(geometry: &Geometry, bundle: &Bundle, digest: Digest) -> Resul
     Err(Error::new(ErrorKind::Corrupt, what))
 }
 
+/// Length of the metadata image that a blob decodes to, as its frames say; the most it may have where they do not.
+pub(super) fn raw_len_bytes(manifest: &ErofsManifest, blob: &[u8]) -> u64 {
+    let frames = part(blob, 0..manifest.metadata.bundle_range.start).unwrap_or_default();
+    stated_len_bytes(frames).unwrap_or(METADATA_RAW_BYTES_MAX).min(METADATA_RAW_BYTES_MAX)
+}
+
+/// The sum of what all frames say of themselves.
+fn stated_len_bytes(mut frames: &[u8]) -> Option<u64> {
+    let mut len_bytes = 0_u64;
+    while !frames.is_empty() {
+        len_bytes = len_bytes.checked_add(zstd::zstd_safe::get_frame_content_size(frames).ok()??)?;
+        frames = frames.get(zstd::zstd_safe::find_frame_compressed_size(frames).ok()?..)?;
+    }
+    Some(len_bytes)
+}
+
+/// The share of memory for what an attached image keeps of its indexes.
+fn room_for(store: &Store, bundle: &Bundle) -> Result<Share> {
+    let chunks: u64 = bundle.layers.iter().map(|layer| u64::from(layer.index.len())).sum();
+    store.memory().kept.try_take(chunks * KEPT_BYTES_PER_CHUNK).ok_or_else(|| {
+        let what = format!("no memory is left for an image of {chunks} chunks beside those attached: remove one first");
+        Error::new(ErrorKind::Busy, what)
+    })
+}
+
 fn decode_metadata(frames: &[u8]) -> std::io::Result<Vec<u8>> {
-    let mut metadata = Vec::new();
+    // A decoder that finds more or less in a frame than it says of itself refuses it.
+    let len_bytes = stated_len_bytes(frames).unwrap_or(METADATA_RAW_BYTES_MAX).min(METADATA_RAW_BYTES_MAX);
+    let mut metadata = Vec::with_capacity(usize::try_from(len_bytes).unwrap_or(0));
     let decoder = zstd::stream::read::Decoder::with_buffer(frames)?;
-    decoder.take(METADATA_RAW_BYTES_MAX + 1).read_to_end(&mut metadata)?;
-    if metadata.len() as u64 > METADATA_RAW_BYTES_MAX {
-        return Err(std::io::Error::other(format!("longer than {METADATA_RAW_BYTES_MAX} bytes")));
+    decoder.take(len_bytes + 1).read_to_end(&mut metadata)?;
+    if metadata.len() as u64 > len_bytes {
+        return Err(std::io::Error::other(format!("longer than {len_bytes} bytes")));
     }
     Ok(metadata)
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use ublkimg_image::trace::Trace;
+use ublkimg_image::trace::{self, Trace, TraceEntry};
 use ublkimg_image::{Chunk, ChunkId, ChunkIndex, ChunkIndexBuilder, HotTable, Sha256};
 use ublkimg_registry::Digest;
 use ublkimg_registry::descriptor::Descriptor;
@@ -23,12 +23,17 @@ use super::{AttachOptions, Attaching, Named, blocking};
 use crate::engine::{AddedBlob, NewBlob, entries};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{ServedBlob, ServedHot, local};
+use crate::memory::{KEPT_BYTES_PER_TRACE_ENTRY, Share};
 use crate::start_events::Mark;
 use crate::store::{BlobFile, TRACE_BYTES_MAX};
 use crate::trace_file;
 
 /// Of a hot blob, before the metadata has had its turn: a connection is open then, and the link is known.
 const FIRST_BYTES: u64 = 256 << 10;
+
+/// A trace while it is decoded: stored, as encoded bytes, as entries.
+const TRACE_DECODING_BYTES: u64 =
+    TRACE_BYTES_MAX + (trace::TRACE_BYTES_MAX + trace::TRACE_ENTRIES_MAX * size_of::<TraceEntry>()) as u64;
 
 /// Where the profile of a start comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,10 +122,11 @@ impl Attaching<'_> {
     /// The profile that an image was started with before, from the store alone.
     pub(super) async fn kept_profile(&self, image: Digest, kept: &KeptProfile) -> Option<Profile> {
         let profile = async {
+            let room = self.room_for_trace().await?;
             let bad = |error| Error::caused(ErrorKind::Corrupt, "a profile's digest", error);
             let gone = |digest: Digest| Error::new(ErrorKind::NotFound, format!("{digest} is not in the store"));
             let digest: Digest = kept.trace.parse().map_err(bad)?;
-            let trace = decode(self.stored(digest).await?.ok_or_else(|| gone(digest))?).await?;
+            let trace = decode(self.stored(digest).await?.ok_or_else(|| gone(digest))?, room).await?;
             let mut hot = None;
             if let Some(manifest) = &kept.manifest {
                 let digest: Digest = manifest.parse().map_err(bad)?;
@@ -182,6 +188,8 @@ impl Attaching<'_> {
 
     async fn published_trace(&self, descriptor: &Descriptor) -> Result<Arc<Trace>> {
         let bad = |error| Error::registry(format!("trace {}", descriptor.digest), error);
+        // While it comes; what it is decoded to is another matter, and takes no time.
+        let _arriving = self.store.memory().stored.take(descriptor.size).await?;
         let stored = match descriptor.inline().map_err(bad)? {
             Some(inside) => {
                 self.keep_if_new(descriptor.digest, inside.clone()).await?;
@@ -190,7 +198,12 @@ impl Attaching<'_> {
             // The manifest's parser bounds the size.
             None => self.blob("trace", descriptor.digest, descriptor.size, |_, _, _| {}).await?,
         };
-        decode(stored).await
+        decode(stored, self.room_for_trace().await?).await
+    }
+
+    /// Memory for a trace that is decoded.
+    async fn room_for_trace(&self) -> Result<Share> {
+        self.store.memory().raw.take(TRACE_DECODING_BYTES).await
     }
 
     /// What this host recorded of the image and the command. Trouble with it is logged: it is a hint.
@@ -198,16 +211,17 @@ impl Attaching<'_> {
         let store = Arc::clone(self.store);
         // A command that is not known is recorded as the empty one.
         let command = command.unwrap_or_else(|| Digest::of(b""));
-        let stored = blocking(move || store.host_trace(Sha256(image.0), Sha256(command.0))).await;
         let profile = async {
-            let Some(stored) = stored? else { return Ok(None) };
-            self.order_only(stored.into(), "recorded on this host".to_owned()).await.map(Some)
+            let room = self.room_for_trace().await?;
+            let stored = blocking(move || store.host_trace(Sha256(image.0), Sha256(command.0))).await?;
+            let Some(stored) = stored else { return Ok(None) };
+            self.order_only(stored.into(), "recorded on this host".to_owned(), room).await.map(Some)
         };
         profile.await.map_err(|error| self.go_without(&error)).ok().flatten()
     }
 
     async fn profile_of_file(&self, path: &Path) -> Result<Profile> {
-        let of_blocking = path.to_owned();
+        let (of_blocking, room) = (path.to_owned(), self.room_for_trace().await?);
         let stored = blocking(move || {
             let doing = |error| Error::path("read", &of_blocking, error);
             if std::fs::metadata(&of_blocking).map_err(doing)?.len() > TRACE_BYTES_MAX {
@@ -216,12 +230,13 @@ impl Attaching<'_> {
             }
             std::fs::read(&of_blocking).map_err(doing)
         });
-        self.order_only(stored.await?.into(), path.display().to_string()).await
+        self.order_only(stored.await?.into(), path.display().to_string(), room).await
     }
 
-    async fn order_only(&self, stored: Bytes, source: String) -> Result<Profile> {
+    async fn order_only(&self, stored: Bytes, source: String, room: Share) -> Result<Profile> {
         let digest = Digest::of(&stored);
-        let trace = decode(stored.clone()).await.map_err(|error| Error::caused(error.kind(), source.clone(), error))?;
+        let trace =
+            decode(stored.clone(), room).await.map_err(|error| Error::caused(error.kind(), source.clone(), error))?;
         self.keep_if_new(digest, stored).await?;
         let kept = KeptProfile { source, is_published: false, trace: digest.to_string(), manifest: None };
         Ok(Profile { trace, hot: None, kept })
@@ -252,6 +267,20 @@ impl Attaching<'_> {
         let stopped = || Error::new(ErrorKind::Internal, "the engine has stopped");
         let added = engine.add_blobs(image, vec![new]).await?.pop().ok_or_else(stopped)?;
         Ok(Some(Hot { file, index, added, was_local }))
+    }
+
+    /// The profile, if there is memory for what an attached image keeps of it.
+    pub(super) fn with_room(&mut self, profile: Profile) -> Option<Profile> {
+        let bytes = profile.trace.entries.len() as u64 * KEPT_BYTES_PER_TRACE_ENTRY;
+        match self.store.memory().kept.try_take(bytes) {
+            Some(share) => self.attachment.keep(share),
+            None => {
+                let what = format!("no memory is left for {bytes} bytes of it");
+                self.go_without(&Error::new(ErrorKind::Busy, what));
+                return None;
+            }
+        }
+        Some(profile)
     }
 
     /// What it names is fetched from now on.
@@ -314,9 +343,11 @@ fn parse(digest: Digest, image: Digest, bytes: &[u8]) -> Result<ProfileManifest>
     Ok(manifest)
 }
 
-/// A stored trace, decoded where it may take its time.
-async fn decode(stored: Bytes) -> Result<Arc<Trace>> {
-    blocking(move || trace_file::from_stored(&stored).map(Arc::new)).await
+/// A stored trace, decoded where it may take its time; `room` is given back then.
+async fn decode(stored: Bytes, room: Share) -> Result<Arc<Trace>> {
+    let trace = blocking(move || trace_file::from_stored(&stored).map(Arc::new)).await;
+    drop(room);
+    trace
 }
 
 /// The frames of a hot table as an index: a frame is a chunk whose raw blocks are numbered by rank.

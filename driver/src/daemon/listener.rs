@@ -116,3 +116,111 @@ where
     }
     written?
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, BufReader as BlockingReader, Write as _};
+    use std::os::unix::net::UnixStream as Client;
+
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    const NOBODY: u32 = 65534;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// A server whose requests wait to be released.
+    struct Server {
+        _runtime: tokio::runtime::Runtime,
+        begun: Arc<AtomicUsize>,
+        release: Arc<Semaphore>,
+    }
+
+    impl Server {
+        fn start(path: &Path) -> Self {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            let (begun, release) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
+            let of_handler = (Arc::clone(&begun), Arc::clone(&release));
+            let handle = move |_: Request| {
+                let (begun, release) = of_handler.clone();
+                async move {
+                    begun.fetch_add(1, Ordering::SeqCst);
+                    release.acquire().await.unwrap().forget();
+                    Reply { answer: Answer::Done, is_last: false }
+                }
+            };
+            let listener = runtime.block_on(async { bind(path).unwrap() });
+            runtime.spawn(serve(listener, handle));
+            Self { _runtime: runtime, begun, release }
+        }
+
+        /// Waits until so many requests have begun.
+        fn have_begun(&self, requests: usize) {
+            let began = std::time::Instant::now();
+            while self.begun.load(Ordering::SeqCst) < requests {
+                assert!(began.elapsed() < LONG, "{:?} of {requests} requests", self.begun);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    fn ask(path: &Path) -> std::io::Result<Client> {
+        let mut client = Client::connect(path)?;
+        let mut line = serde_json::to_vec(&Request::List)?;
+        line.push(b'\n');
+        client.write_all(&line)?;
+        Ok(client)
+    }
+
+    /// The answer; empty when the server hung up.
+    fn answer(client: &Client) -> std::io::Result<String> {
+        client.set_read_timeout(Some(LONG)).unwrap();
+        let mut line = String::new();
+        BlockingReader::new(client).read_line(&mut line).map(|_| line)
+    }
+
+    #[test]
+    fn another_user_is_refused_although_the_mode_lets_them_connect() {
+        if !ublkimg_tests::skip::is_root() {
+            ublkimg_tests::skip!("only root can be another user");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let server = Server::start(&path);
+        server.release.add_permits(2);
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "the first thing that keeps others out");
+        for (path, mode) in [(directory.path(), 0o755), (&path, 0o666)] {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let ours = answer(&ask(&path).unwrap()).unwrap();
+        assert!(ours.contains("done"), "{ours}");
+        let of_nobody = std::thread::spawn(move || {
+            // The whole process would be another thing: this is the thread's alone.
+            rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(NOBODY)).unwrap();
+            ask(&path).and_then(|client| answer(&client))
+        });
+        // The server hangs up, with or without a reset.
+        assert_eq!(of_nobody.join().unwrap().unwrap_or_default(), "");
+        assert_eq!(server.begun.load(Ordering::SeqCst), 1, "nothing was done for them");
+    }
+
+    #[test]
+    fn so_many_commands_are_at_work_and_the_next_waits_for_one_to_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let server = Server::start(&path);
+        let _at_work: Vec<_> = (0..CONNECTIONS_MAX).map(|_| ask(&path).unwrap()).collect();
+        server.have_begun(CONNECTIONS_MAX);
+        let waits = ask(&path).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        server.have_begun(CONNECTIONS_MAX);
+        assert_eq!(server.begun.load(Ordering::SeqCst), CONNECTIONS_MAX);
+        server.release.add_permits(1);
+        server.have_begun(CONNECTIONS_MAX + 1);
+        server.release.add_permits(CONNECTIONS_MAX);
+        let answered = answer(&waits).unwrap();
+        assert!(answered.contains("done"), "{answered}");
+    }
+}

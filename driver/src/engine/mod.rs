@@ -30,6 +30,7 @@ use crate::fetch::{Fetcher, PROGRESS_MAX, Source};
 use crate::first_reads::Waited;
 use crate::hot::Withdrawn;
 use crate::image::Waiter;
+use crate::memory::Share;
 use crate::store::BlobFile;
 
 mod links;
@@ -167,7 +168,7 @@ impl EngineHandle {
         let image = ImageKey(self.next_image.fetch_add(1, Ordering::Relaxed));
         let trusts_plan = Arc::new(AtomicBool::new(true));
         let new = NewImage { link, attached, trusts_plan: Arc::clone(&trusts_plan) };
-        let attachment = Attachment { engine: self.clone(), image, trusts_plan };
+        let attachment = Attachment { engine: self.clone(), image, trusts_plan, kept: Vec::new() };
         let (reply, answer) = oneshot::channel();
         self.controls.send(Control::AddImage { image, new, reply }).map_err(|_| stopped())?;
         answer.await.map_err(|_| stopped())?.map(|()| attachment)
@@ -214,9 +215,16 @@ pub(crate) struct Attachment {
     pub(crate) engine: EngineHandle,
     pub(crate) image: ImageKey,
     trusts_plan: Arc<AtomicBool>,
+    /// Memory of the image that is given back with it.
+    kept: Vec<Share>,
 }
 
 impl Attachment {
+    /// Memory that the image takes for as long as it is attached.
+    pub(crate) fn keep(&mut self, share: Share) {
+        self.kept.push(share);
+    }
+
     /// Whether the plan of the image is still believed. When it is not, a block is better had with its chunk than with its
     /// hot frame, whose other blocks will not be read.
     pub(crate) fn trusts_plan(&self) -> bool {

@@ -55,6 +55,7 @@ pub use self::pins::Holding;
 pub use self::space::{Checked, Limits, Room, Usage};
 pub use self::traces::TRACE_BYTES_MAX;
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::Memory;
 
 /// How long written blocks may wait for their sync: what a power cut makes the store forget. Long enough that a
 /// start-up's writes share a few syncs.
@@ -71,6 +72,7 @@ pub struct Store {
     boot_id: BootId,
     shared: Shared,
     blobs: Arc<OpenBlobs>,
+    memory: Memory,
     /// Disconnected to stop the sync thread.
     stop_sync: Option<Sender<()>>,
     sync_thread: Option<JoinHandle<()>>,
@@ -137,6 +139,7 @@ impl Store {
                 clock_s,
             },
             blobs,
+            memory: Memory::default(),
             stop_sync: Some(stop_sync),
             sync_thread: Some(sync_thread),
         })
@@ -169,6 +172,11 @@ impl Store {
     /// Waits until something is written after a while without, or has been since this was last called.
     pub async fn written(&self) {
         self.shared.written.notified().await;
+    }
+
+    /// The memory for what is read whole, and what images keep of it.
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
     }
 
     /// Makes durable what was written so far.
