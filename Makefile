@@ -16,10 +16,11 @@ LANES := lanes
 FUZZ_SECONDS := 600
 
 POWERCUT_SEEDS := 200
+SIMULATION_SEEDS := 2000
 N := 500
 MINUTES := 60
 
-.PHONY: bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
+.PHONY: simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -89,6 +90,9 @@ fuzz: deps
 
 fuzz-long: deps ## fuzzes each target for FUZZ_SECONDS, going on where the last run ended
 	@fuzz/run.sh --seconds $(FUZZ_SECONDS)
+
+simulation: deps ## the whole path of a read in orders that SIMULATION_SEEDS seeds choose, with faults; `make unit` tries a few
+	UBLKIMG_SIMULATION_SEEDS=$(SIMULATION_SEEDS) cargo test -p ublkimg-driver --lib $(PROFILE) -- --nocapture simulation
 
 powercut: deps ## cuts the power after every step of POWERCUT_SEEDS workloads of the store; `make unit` does three
 	UBLKIMG_POWERCUT_SEEDS=$(POWERCUT_SEEDS) cargo test -p ublkimg-driver --lib $(PROFILE) -- --nocapture power_cut

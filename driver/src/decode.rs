@@ -138,24 +138,37 @@ fn decode_loop(demanded: &Receiver<Accepted>, ahead: &Receiver<Accepted>, progre
             }
         });
         let Ok((job, share)) = job else { return };
-        let outcome = match decoder.as_mut() {
-            Ok(decoder) => store_chunk(&job, decoder, &mut raw),
-            Err(error) => Err(Error::new(ErrorKind::Internal, format!("make a zstd decoder: {error}"))),
+        let Ok(decoder) = &mut decoder else {
+            tracing::error!("fetch: no zstd decoder can be made");
+            tell(progress, Progress::Ended { chunk: job.chunk, outcome: Outcome::Failed(libc::EIO) });
+            continue;
         };
-        let outcome = match outcome {
-            Ok(()) => Outcome::Stored,
-            Err(error) => {
-                let (what, chunk) = (name_of(job.kind), job.chunk.chunk);
-                tracing::error!("fetch: blob {} {what} {chunk}: {}", job.source.blob, error.chain());
-                match error.kind() {
-                    ErrorKind::Corrupt => Outcome::Refused(error.errno()),
-                    _ => Outcome::Failed(error.errno()),
-                }
-            }
-        };
-        let chunk = job.chunk;
-        drop((job, share));
-        tell(progress, Progress::Ended { chunk, outcome });
+        end(job, decoder, &mut raw, progress);
+        drop(share);
+    }
+}
+
+/// Stores a chunk that has arrived, and only then tells what became of it: who is woken finds it there.
+pub(crate) fn end(
+    job: DecodeJob,
+    decoder: &mut zstd::bulk::Decompressor<'_>,
+    raw: &mut Vec<u8>,
+    progress: &Sender<Progress>,
+) {
+    let chunk = job.chunk;
+    let outcome = outcome(&job, decoder, raw);
+    // Its bytes are not needed any more.
+    drop(job);
+    tell(progress, Progress::Ended { chunk, outcome });
+}
+
+fn outcome(job: &DecodeJob, decoder: &mut zstd::bulk::Decompressor<'_>, raw: &mut Vec<u8>) -> Outcome {
+    let Err(error) = store_chunk(job, decoder, raw) else { return Outcome::Stored };
+    let (what, chunk) = (name_of(job.kind), job.chunk.chunk);
+    tracing::error!("fetch: blob {} {what} {chunk}: {}", job.source.blob, error.chain());
+    match error.kind() {
+        ErrorKind::Corrupt => Outcome::Refused(error.errno()),
+        _ => Outcome::Failed(error.errno()),
     }
 }
 

@@ -49,7 +49,7 @@ pub(crate) struct Image {
 }
 
 /// A layer blob and what the bundle says of it.
-fn layer_blob(content: &LayerContent) -> (Vec<u8>, BundledLayer) {
+pub(crate) fn layer_blob(content: &LayerContent) -> (Vec<u8>, BundledLayer) {
     let record = MergeRecord { metadata_blocks: 1, ..MergeRecord::default() };
     let mut blob = skippable(SkippableKind::Ublkimg, &record.encode().unwrap()).unwrap();
     let mut index = ChunkIndexBuilder::new(blob.len() as u64);

@@ -27,6 +27,8 @@ mod profile_fixture;
 #[cfg(test)]
 mod profile_tests;
 pub mod pull;
+#[cfg(test)]
+mod random;
 mod recorder;
 pub mod start_events;
 pub mod store;

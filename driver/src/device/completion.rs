@@ -17,11 +17,11 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::image::Waiter;
 
 /// What became of a parked request: plan it again, or fail it with a positive errno.
-pub(super) type Outcome = Result<(), i32>;
+pub(crate) type Outcome = Result<(), i32>;
 
 /// The side that any thread may use.
 #[derive(Debug)]
-pub(super) struct CompletionPort {
+pub(crate) struct CompletionPort {
     /// As many entries as the device has tags: each has at most one waiter that was not called yet.
     news: ArrayQueue<(u16, Outcome)>,
     /// The eventfd was written since the queue thread looked last.
@@ -32,7 +32,7 @@ pub(super) struct CompletionPort {
 
 impl CompletionPort {
     /// A port for a queue of `tags` tags.
-    pub(super) fn new(tags: u16) -> std::io::Result<Arc<Self>> {
+    pub(crate) fn new(tags: u16) -> std::io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             news: ArrayQueue::new(usize::from(tags)),
             signalled: AtomicBool::new(false),
@@ -42,12 +42,12 @@ impl CompletionPort {
     }
 
     /// The eventfd, whose read (8 bytes) is to be kept armed.
-    pub(super) fn event(&self) -> BorrowedFd<'_> {
+    pub(crate) fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
 
     /// The waiter for the request that `tag` is about to park.
-    pub(super) fn waiter(self: &Arc<Self>, tag: u16) -> Waiter {
+    pub(crate) fn waiter(self: &Arc<Self>, tag: u16) -> Waiter {
         let ticket = Ticket { port: Arc::clone(self), tag, outcome: Err(libc::EIO) };
         Box::new(move |outcome| ticket.deliver(outcome))
     }
@@ -80,7 +80,7 @@ impl CompletionPort {
 
     /// Takes the news, after the eventfd was read. The flag goes down first: whoever pushes later than that signals
     /// again, whoever pushed before is seen here.
-    pub(super) fn drain(&self, mut resolve: impl FnMut(u16, Outcome)) {
+    pub(crate) fn drain(&self, mut resolve: impl FnMut(u16, Outcome)) {
         self.signalled.swap(false, Ordering::AcqRel);
         while let Some((tag, outcome)) = self.news.pop() {
             resolve(tag, outcome);

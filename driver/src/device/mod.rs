@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::ServedImage;
 
-mod completion;
+pub(crate) mod completion;
 pub mod fuse;
 mod fuse_file;
 pub(crate) mod loop_device;

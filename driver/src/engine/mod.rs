@@ -34,9 +34,11 @@ use crate::memory::Share;
 use crate::store::BlobFile;
 
 mod links;
+#[cfg(test)]
+mod simulation;
 mod thread;
 
-use thread::{EngineThread, Inbox};
+use thread::{EngineThread, Inbox, World};
 
 /// Images attached at the same time. With the tags of a device it bounds the demands.
 pub const IMAGES_MAX: usize = 64;
@@ -258,7 +260,7 @@ impl Engine {
         let (controls, controlled) = bounded(CONTROLS_MAX);
         let (progress, progressed) = bounded(PROGRESS_MAX);
         let fetcher = Fetcher::start(progress)?;
-        let engine = EngineThread::new(fetcher.spawner());
+        let engine = EngineThread::new(World::real(fetcher.spawner()));
         let inbox = Inbox { demanded, touched, controlled, progressed };
         let thread = std::thread::Builder::new().name("engine".to_owned());
         let thread = thread.spawn(move || engine.run(&inbox));

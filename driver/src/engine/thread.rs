@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, at, never};
 use tokio::sync::watch;
@@ -54,35 +54,50 @@ struct Image {
     _attached: watch::Sender<()>,
 }
 
+/// How the thread acts on the world outside.
+pub(super) struct World {
+    /// The scheduler's time counts from here.
+    pub(super) start: Instant,
+    /// What time it is then.
+    pub(super) elapsed: Box<dyn Fn() -> Duration + Send>,
+    /// Starts a fetch, if there is a chunk to fetch; never blocks.
+    pub(super) fetch: Box<dyn Fn(FetchJob) + Send>,
+}
+
+impl World {
+    pub(super) fn real(spawner: Spawner) -> Self {
+        let start = Instant::now();
+        Self { start, elapsed: Box::new(move || start.elapsed()), fetch: Box::new(move |job| spawner.fetch(job)) }
+    }
+}
+
 pub(super) struct EngineThread {
-    start: Instant,
+    world: World,
     scheduler: Scheduler,
-    spawner: Spawner,
     links: Links,
     blobs: HashMap<BlobKey, Blob>,
     /// Keys of `blobs` by the digest of what vouches for them.
     by_index: BTreeMap<Sha256, BlobKey>,
     images: BTreeMap<ImageKey, Image>,
     waiters: HashMap<Ticket, Parked>,
-    /// Fires when the scheduler wants to be told that time has passed.
-    tick: Receiver<Instant>,
+    /// When the scheduler wants to be told that time has passed.
+    wake_at: Option<Duration>,
     next_blob: u32,
     next_ticket: u64,
     actions: Vec<Action>,
 }
 
 impl EngineThread {
-    pub(super) fn new(spawner: Spawner) -> Self {
+    pub(super) fn new(world: World) -> Self {
         Self {
-            start: Instant::now(),
+            world,
             scheduler: Scheduler::new(),
-            spawner,
             links: Links::default(),
             blobs: HashMap::new(),
             by_index: BTreeMap::new(),
             images: BTreeMap::new(),
             waiters: HashMap::new(),
-            tick: never(),
+            wake_at: None,
             next_blob: 0,
             next_ticket: 0,
             actions: Vec::new(),
@@ -91,17 +106,12 @@ impl EngineThread {
 
     pub(super) fn run(mut self, inbox: &Inbox) {
         loop {
+            let tick = self.wake_at.map_or_else(never, |time| at(self.world.start + time));
             crossbeam::select! {
                 recv(inbox.demanded) -> demand => if let Ok(demand) = demand { self.demand(demand); },
                 recv(inbox.progressed) -> news => if let Ok(news) = news { self.progress(news); },
-                recv(inbox.touched) -> touch => if let Ok((image, chunk)) = touch {
-                    self.step(Event::Touch { image, chunk });
-                    self.note_trust(image);
-                },
-                recv(self.tick) -> _ => {
-                    self.tick = never();
-                    self.step(Event::Tick);
-                }
+                recv(inbox.touched) -> touch => if let Ok((image, chunk)) = touch { self.touch(image, chunk); },
+                recv(tick) -> _ => self.tick(),
                 recv(inbox.controlled) -> control => match control {
                     Ok(Control::Stop) | Err(_) => break,
                     Ok(control) => self.control(control),
@@ -110,7 +120,23 @@ impl EngineThread {
         }
     }
 
-    fn control(&mut self, control: Control) {
+    pub(super) fn touch(&mut self, image: ImageKey, chunk: ChunkKey) {
+        self.step(Event::Touch { image, chunk });
+        self.note_trust(image);
+    }
+
+    /// When [`Self::tick`] is due, if nothing else happens before.
+    #[cfg(test)]
+    pub(super) fn wake_at(&self) -> Option<Duration> {
+        self.wake_at
+    }
+
+    pub(super) fn tick(&mut self) {
+        self.wake_at = None;
+        self.step(Event::Tick);
+    }
+
+    pub(super) fn control(&mut self, control: Control) {
         match control {
             Control::AddImage { image, new, reply } => drop(reply.send(self.add_image(image, new))),
             Control::AddBlobs { image, blobs, reply } => {
@@ -137,7 +163,7 @@ impl EngineThread {
 
     fn step(&mut self, event: Event<'_>) {
         let mut actions = std::mem::take(&mut self.actions);
-        self.scheduler.step(event, self.start.elapsed(), &mut actions);
+        self.scheduler.step(event, (self.world.elapsed)(), &mut actions);
         self.carry_out(actions);
     }
 
@@ -153,9 +179,9 @@ impl EngineThread {
                     }
                 }
                 Action::Fetch { fetch, blob, chunks, class, since } => {
-                    self.fetch(&Order { fetch, blob, chunks, class, since: self.start + since }, &mut actions);
+                    self.fetch(&Order { fetch, blob, chunks, class, since: self.world.start + since }, &mut actions);
                 }
-                Action::WakeAt { at: time } => self.tick = at(self.start + time),
+                Action::WakeAt { at } => self.wake_at = Some(at),
             }
         }
         actions.clear();
@@ -164,7 +190,7 @@ impl EngineThread {
 
     /// Fetches chunks of a blob, save those that came in meanwhile.
     fn fetch(&mut self, order: &Order, actions: &mut Vec<Action>) {
-        let now = self.start.elapsed();
+        let now = (self.world.elapsed)();
         let key = |chunk: u32| ChunkKey { blob: order.blob, chunk };
         let Some(blob) = self.blobs.get(&order.blob) else {
             for chunk in order.chunks.clone().map(key) {
@@ -176,15 +202,15 @@ impl EngineThread {
         for chunk in order.chunks.clone() {
             // A fetch for an image that is gone came in after the blob was added again.
             if blob.holds(chunk) {
-                self.spawner.fetch(blob.job(Order { chunks: rest..chunk, ..order.clone() }));
+                (self.world.fetch)(blob.job(Order { chunks: rest..chunk, ..order.clone() }));
                 rest = chunk + 1;
                 self.scheduler.step(Event::Fetched { chunk: key(chunk) }, now, actions);
             }
         }
-        self.spawner.fetch(blob.job(Order { chunks: rest..order.chunks.end, ..order.clone() }));
+        (self.world.fetch)(blob.job(Order { chunks: rest..order.chunks.end, ..order.clone() }));
     }
 
-    fn demand(&mut self, demand: Demand) {
+    pub(super) fn demand(&mut self, demand: Demand) {
         for &chunk in &demand.chunks {
             let lost = |blob: &Blob| self.scheduler.is_present(chunk) && !blob.holds(chunk.chunk);
             if self.blobs.get(&chunk.blob).is_some_and(lost) {
@@ -197,7 +223,7 @@ impl EngineThread {
         let misses = self.scheduler.counters().misses;
         let event = Event::Demand { image: demand.image, ticket, chunks: &demand.chunks };
         let mut actions = std::mem::take(&mut self.actions);
-        self.scheduler.step(event, self.start.elapsed(), &mut actions);
+        self.scheduler.step(event, (self.world.elapsed)(), &mut actions);
         let is_miss = self.scheduler.counters().misses > misses;
         // Before anybody is woken: the request looks at it when it is answered.
         demand.waited.note(is_miss);
@@ -207,7 +233,7 @@ impl EngineThread {
         self.carry_out(actions);
     }
 
-    fn progress(&mut self, news: Progress) {
+    pub(super) fn progress(&mut self, news: Progress) {
         match news {
             Progress::FirstByte(fetch) => self.step(Event::FirstByte { fetch }),
             Progress::Arrived(chunk) => self.step(Event::Arrived { chunk }),

@@ -14,6 +14,7 @@ use ublkimg_image::BLOCK_SIZE;
 
 use super::journal::Step;
 use super::*;
+use crate::random::Random;
 
 /// Blocks of the blob files: more than two words of a bitmap.
 const BLOCKS: u32 = 150;
@@ -21,26 +22,6 @@ const BLOBS: u8 = 2;
 const STEPS_PER_LIFE: u32 = 7;
 /// What a disk writes whole or not at all.
 const SECTOR_BYTES: usize = 512;
-
-/// A small generator, so that a seed reproduces a cut (xorshift*).
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64) -> Self {
-        Self((seed + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15))
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) % end
-    }
-
-    fn index(&mut self, len: usize) -> usize {
-        usize::try_from(self.below(len as u64)).unwrap()
-    }
-}
 
 type Steps = Vec<(PathBuf, Step)>;
 type Files = BTreeMap<PathBuf, Vec<u8>>;
