@@ -1,15 +1,24 @@
 //! The command line, as clap derives it; help texts, man pages and completions come from here.
 
+pub(crate) mod attach;
 pub(crate) mod bundle;
 pub(crate) mod cache;
+pub(crate) mod cdi;
 pub(crate) mod hook;
 pub(crate) mod pull;
+pub(crate) mod registry;
+pub(crate) mod report;
+pub(crate) mod runtime;
 pub(crate) mod trace;
+pub(crate) mod up;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+
+pub(crate) use self::attach::{AttachArguments, DataPathArgument, OnTimeout};
+pub(crate) use self::registry::RegistryOptions;
 
 /// Container images from a registry as read-only block devices: the container starts at once, its bytes stream in.
 #[derive(Debug, Parser)]
@@ -40,6 +49,9 @@ pub(crate) const EXIT_CODES: &str = "Exit codes:
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Global {
+    /// File with other defaults for options (default: /etc/ublkimg/config.toml, if it is there)
+    #[arg(long, global = true, env = "UBLKIMG_CONFIG", value_name = "FILE", value_parser = absolute)]
+    pub(crate) config: Option<PathBuf>,
     /// Directory of the store and the device records
     #[arg(long, global = true, env = "UBLKIMG_ROOT", default_value = "/var/lib/ublkimg", value_name = "DIR")]
     pub(crate) root: PathBuf,
@@ -59,6 +71,8 @@ pub(crate) enum Command {
     Pull(pull::Pull),
     /// Attach an image as a block device, and mount it
     Add(Add),
+    /// Add the images that files in /etc/ublkimg/images.d name
+    Up(up::Up),
     /// Make a bundle for runc or crun of an image: attached, with a writable root and a configuration
     Bundle(bundle::Bundle),
     /// Unmount and remove a device, and the root and bundle that were made over it
@@ -67,6 +81,8 @@ pub(crate) enum Command {
     Ls(Ls),
     /// Show one device in detail: reads, what its start took, and how far from the best possible that was
     Status(Status),
+    /// Write what a start took as one page
+    Report(report::Report),
     /// Record the order in which a program reads the image: the trace that later starts follow
     Record(Record),
     /// Say that the program that runs from a device is ready, which ends its start
@@ -85,6 +101,8 @@ pub(crate) enum Command {
     Trace(trace::Trace),
     /// Look at, check, and make room in the store of this host
     Cache(cache::Cache),
+    /// Give attached images to container tools as devices of the Container Device Interface
+    Cdi(cdi::Cdi),
     /// Print what the daemon has done, for Prometheus
     Metrics(Metrics),
     /// Say what this host has and lacks
@@ -93,7 +111,9 @@ pub(crate) enum Command {
     Daemon(Daemon),
     /// Be an OCI hook: mount images in containers, as their annotations say
     Hook(hook::Hook),
-    /// Write man pages and shell completions
+    /// Be an OCI runtime whose containers have their root from an image; also under the name ublkimg-runc
+    Runtime(runtime::Runtime),
+    /// Write man pages, shell completions and a sample configuration
     #[command(hide = true)]
     Docs(Docs),
     /// Mount or unmount in a process that may be killed
@@ -102,17 +122,6 @@ pub(crate) enum Command {
     /// Put a mount into a container that is being made
     #[command(hide = true, name = "mount-into")]
     MountInto(hook::MountInto),
-}
-
-/// How registries are spoken to.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct RegistryOptions {
-    /// Speak plain HTTP also to registries that are not on this machine
-    #[arg(long)]
-    pub(crate) plain_http: bool,
-    /// Read credentials from this file (docker's config.json or containers' auth.json)
-    #[arg(long, value_name = "FILE", env = "REGISTRY_AUTH_FILE")]
-    pub(crate) auth_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -146,7 +155,7 @@ pub(crate) struct Convert {
     pub(crate) reuse: Vec<String>,
     /// Directory that remembers the layers converted on this host, at most 1 GiB (default: $XDG_CACHE_HOME/ublkimg/convert, else
     /// ~/.cache/ublkimg/convert)
-    #[arg(long, value_name = "DIR", env = "UBLKIMG_CONVERT_CACHE")]
+    #[arg(long = "convert-cache", visible_alias = "cache", value_name = "DIR", env = "UBLKIMG_CONVERT_CACHE")]
     pub(crate) cache: Option<PathBuf>,
     /// Neither use that directory nor write it
     #[arg(long, conflicts_with = "cache")]
@@ -166,6 +175,9 @@ pub(crate) struct Add {
     /// removed when newer ones come
     #[arg(long)]
     pub(crate) convert: bool,
+    /// Name of the device (default: made of the reference)
+    #[arg(long)]
+    pub(crate) name: Option<String>,
     #[command(flatten)]
     pub(crate) attach: AttachArguments,
     /// Mount the file system here, read-only; the directory is made if it is missing
@@ -182,58 +194,6 @@ pub(crate) struct Add {
     /// Print the device as JSON
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-/// How an image is attached.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct AttachArguments {
-    /// Name of the device (default: made of the reference)
-    #[arg(long)]
-    pub(crate) name: Option<String>,
-    /// How the device is served: ublk survives a crash of the daemon, fuse does not
-    #[arg(long, value_enum, default_value_t = TransportArgument::Auto)]
-    pub(crate) transport: TransportArgument,
-    /// How data gets into the requests of a ublk device: auto takes zero copy where the kernel has it (6.16)
-    #[arg(long, value_enum, default_value_t = DataPathArgument::Auto, value_name = "HOW")]
-    pub(crate) data_path: DataPathArgument,
-    /// Requests of a ublk device at a time, so the most misses that wait at a time (default: 128)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=128))]
-    pub(crate) queue_depth: Option<u16>,
-    /// How long attaching and mounting may take
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
-    pub(crate) timeout: Duration,
-    /// How long a read may wait for a registry that does not answer
-    #[arg(long, alias = "read-timeout", value_name = "TIME", default_value = "300s", value_parser = duration)]
-    pub(crate) io_timeout: Duration,
-    /// What becomes of it then: it fails, and the next read tries afresh, or it goes on waiting
-    #[arg(long, value_enum, default_value_t = OnTimeout::Eio, value_name = "WHAT")]
-    pub(crate) on_timeout: OnTimeout,
-    /// Do not keep the order of the first run on this host; without a published profile it is kept for the next `add`
-    #[arg(long)]
-    pub(crate) no_record: bool,
-    /// Fetch what nobody asked for: not at all, when the link is idle, or at full rate
-    #[arg(long, value_enum, default_value_t = FillArgument::Off, value_name = "MODE")]
-    pub(crate) fill: FillArgument,
-    #[command(flatten)]
-    pub(crate) registry: RegistryOptions,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum DataPathArgument {
-    /// The best that the kernel has
-    Auto,
-    /// Into the pages of the request; refused where the kernel cannot
-    ZeroCopy,
-    /// Into a buffer that the kernel copies
-    Copy,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum OnTimeout {
-    /// Readers get EIO
-    Eio,
-    /// Readers wait until the registry answers or the device is removed
-    Hold,
 }
 
 /// How an image is started.
@@ -350,7 +310,7 @@ pub(crate) struct RecordRun {
     #[arg(long, value_name = "PROFILE", default_value = "none")]
     pub(crate) profile: String,
     /// How the device is served
-    #[arg(long, value_enum, default_value_t = TransportArgument::Auto)]
+    #[arg(long, env = "UBLKIMG_TRANSPORT", value_enum, default_value_t = TransportArgument::Auto)]
     pub(crate) transport: TransportArgument,
     #[command(flatten)]
     pub(crate) registry: RegistryOptions,
@@ -411,6 +371,17 @@ pub(crate) struct Status {
     /// Also write what happened since the image was attached, for `trace plot` to draw
     #[arg(long, value_name = "FILE")]
     pub(crate) events: Option<PathBuf>,
+    /// Show it again and again, until the device is removed; 1s apart if no time is given
+    #[arg(
+        long,
+        value_name = "TIME",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "1s",
+        value_parser = duration,
+        conflicts_with = "events"
+    )]
+    pub(crate) watch: Option<Duration>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -526,6 +497,11 @@ pub(crate) struct MountHelper {
     pub(crate) detach: bool,
     /// The mount point
     pub(crate) directory: PathBuf,
+}
+
+/// A path that stays the same in another working directory.
+fn absolute(text: &str) -> std::io::Result<PathBuf> {
+    std::path::absolute(text)
 }
 
 /// `500ms`, `60s`, `5m` or a plain number of seconds.

@@ -4,7 +4,9 @@
 
 mod args;
 mod bundle;
+mod cdi;
 mod commands;
+mod config;
 mod exit;
 mod lease;
 mod output;
@@ -15,12 +17,12 @@ mod svg;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    let arguments = args::Arguments::parse();
-    start_log(&arguments.global.log);
-    match commands::run(arguments) {
+    let done = config::arguments().map_err(anyhow::Error::from).and_then(|arguments| {
+        start_log(&arguments.global.log);
+        commands::run(arguments)
+    });
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ublkimg: {}", exit::one_line(&error));

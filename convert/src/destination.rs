@@ -21,7 +21,8 @@ impl Destination {
         {
             return Err(Error::new(ErrorKind::Usage, format!("{location}: the destination needs a tag, not a digest")));
         }
-        Ok(Self { location: location.clone(), repository: Repository::open(location, client).await? })
+        let repository = Repository::open(location, client).await?.without_mirrors();
+        Ok(Self { location: location.clone(), repository })
     }
 
     /// `HOST/NAME` of a repository in a registry; what blobs can be linked from.

@@ -15,6 +15,9 @@
 //! `$XDG_CONFIG_HOME/containers/auth.json` (default `~/.config`), `$DOCKER_CONFIG/config.json` (default `~/.docker`), with
 //! their credential helpers; [`ClientOptions::auth_file`] replaces them all.
 //!
+//! **Mirrors** of a registry are tried before it, in the order of its `hosts.toml` in [`ClientOptions::hosts_dirs`]; see
+//! `mirrors` and `hosts`.
+//!
 //! TLS is rustls with the system's root certificates (`SSL_CERT_FILE` and `SSL_CERT_DIR` replace them). Plain HTTP is
 //! spoken to loopback hosts, and to others only with [`ClientOptions::plain_http`].
 
@@ -25,10 +28,13 @@ mod auth;
 mod blob;
 pub mod descriptor;
 mod digest;
+mod endpoint;
 pub mod erofs_manifest;
 mod error;
 mod gate;
+mod hosts;
 mod layout;
+mod mirrors;
 mod options;
 pub mod profile;
 mod reference;

@@ -12,6 +12,9 @@ pub struct ClientOptions {
     /// The one file to take credentials from, in the format of docker's `config.json` or containers' `auth.json`; an
     /// empty file means anonymous. `None` = the usual places, see [`crate`].
     pub auth_file: Option<PathBuf>,
+    /// Directories with a `hosts.toml` for each registry, as containerd has them: the first one that has a file for a registry
+    /// says which mirrors are tried before it. The file is read when a repository is opened.
+    pub hosts_dirs: Vec<PathBuf>,
     /// How long a TCP and TLS connection may take.
     pub connect_timeout: Duration,
     /// How long the registry may take from the request to the head of the answer.
@@ -28,6 +31,7 @@ impl Default for ClientOptions {
         Self {
             plain_http: false,
             auth_file: None,
+            hosts_dirs: Vec::new(),
             connect_timeout: Duration::from_secs(5),
             response_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(10),

@@ -1,4 +1,4 @@
-//! A repository in an OCI distribution registry (OCI distribution spec 1.1).
+//! A repository in an OCI distribution registry, or in a mirror of it (OCI distribution spec 1.1).
 //!
 //! `call` sends a request to the registry's own host with its authorization; `get` also follows redirects, without it;
 //! everything else is built on the two. Reads of blobs are in `blob_read` and `blob_stream`, pushes in `push`.
@@ -12,9 +12,10 @@ use url::Url;
 use crate::MAX_MANIFEST_BYTES;
 use crate::auth::{Authenticator, Scope};
 use crate::digest::Digest;
+use crate::endpoint::Endpoint;
 use crate::error::{Error, Result};
 use crate::options::ClientOptions;
-use crate::reference::{Reference, host_of, is_loopback, is_tag};
+use crate::reference::{Reference, is_tag};
 use crate::repository::Resolved;
 use crate::retry::{Backoff, Failure};
 use crate::transport::Transport;
@@ -48,20 +49,31 @@ pub(crate) struct Remote {
 }
 
 impl Remote {
-    pub(crate) fn new(reference: &Reference, options: &ClientOptions) -> Result<Self> {
-        let authority = reference.api_authority();
-        let plain = options.plain_http || is_loopback(host_of(authority));
-        let address = format!("{}://{authority}/v2/{}/", if plain { "http" } else { "https" }, reference.repository());
-        let base = Url::parse(&address)
-            .map_err(|cause| Error::invalid(format!("{address} is no address")).with_source(cause))?;
+    pub(crate) fn new(reference: &Reference, endpoint: Endpoint, options: &ClientOptions) -> Result<Self> {
+        let base = endpoint.repository(reference)?;
         Ok(Self {
-            transport: Transport::new(reference, &base, options)?,
-            auth: Authenticator::new(reference.registry(), reference.repository(), options.auth_file.as_deref()),
+            auth: Authenticator::new(&endpoint.name, reference.repository(), options.auth_file.as_deref()),
+            transport: Transport::new(reference, endpoint, options)?,
             slots: Semaphore::new(MAX_REQUESTS),
             routes: Routes::default(),
             reference: reference.clone(),
             base,
         })
+    }
+
+    /// What messages call the registry or the mirror.
+    fn name(&self) -> &str {
+        &self.transport.endpoint().name
+    }
+
+    /// The digest of the reference.
+    pub(crate) fn digest(&self) -> Option<Digest> {
+        self.reference.digest()
+    }
+
+    /// Whether it said that it wants to be asked later.
+    pub(crate) fn is_held(&self) -> bool {
+        self.transport.gate().closed_until().is_some()
     }
 
     /// The tag that a push goes to, as long as the reference is not pinned to a digest.
@@ -121,7 +133,7 @@ impl Remote {
         match expected.or(stated) {
             Some(digest) if digest != actual => Err(Failure::suspect(Error::corrupt(format!(
                 "registry {} sends other bytes for {what}: digest {actual} instead of {digest}",
-                self.reference.registry()
+                self.name()
             )))),
             _ => Ok((bytes, headers)),
         }
@@ -143,7 +155,7 @@ impl Remote {
                 self.transport.send(Method::GET, &at, headers.clone(), None).await?
             };
         }
-        let registry = self.reference.registry();
+        let registry = self.name();
         Err(Failure::suspect(Error::corrupt(format!("registry {registry} redirects in circles"))))
     }
 
@@ -180,7 +192,12 @@ impl Remote {
     }
 
     fn address(&self, path: &str) -> Result<Url> {
-        self.base.join(path).map_err(|cause| Error::invalid(format!("{path} is no address")).with_source(cause))
+        let address = self.base.join(path);
+        let mut url = address.map_err(|cause| Error::invalid(format!("{path} is no address")).with_source(cause))?;
+        if let Some(registry) = &self.transport.endpoint().namespace {
+            url.query_pairs_mut().append_pair("ns", registry);
+        }
+        Ok(url)
     }
 
     /// Where an answer points to.

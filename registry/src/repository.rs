@@ -10,9 +10,9 @@ use crate::blob::{BlobReader, BlobSource, RangeStream};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
+use crate::mirrors::Mirrored;
 use crate::options::ClientOptions;
 use crate::reference::Location;
-use crate::remote::Remote;
 
 mod profiles;
 mod referrers;
@@ -32,7 +32,7 @@ pub struct Repository(Inner);
 #[derive(Debug, Clone)]
 enum Inner {
     Layout(Layout),
-    Remote(Arc<Remote>),
+    Remote(Arc<Mirrored>),
 }
 
 /// What a location names at this moment.
@@ -61,12 +61,23 @@ impl Repository {
     /// Prepares access. Sends nothing yet and reads no credentials: trouble shows at the first use.
     ///
     /// # Errors
-    /// `Invalid` when the options do not fit the location.
+    /// `Invalid` when the options do not fit the location, or for a `hosts.toml` that is malformed; `Io` for one that cannot
+    /// be read.
     #[expect(clippy::unused_async, reason = "the interface leaves room for a first contact")]
     pub async fn open(location: &Location, options: &ClientOptions) -> Result<Self> {
         match location {
             Location::Layout { dir, tag } => Ok(Self(Inner::Layout(Layout::new(dir, tag.as_deref())))),
-            Location::Registry(reference) => Ok(Self(Inner::Remote(Arc::new(Remote::new(reference, options)?)))),
+            Location::Registry(reference) => Ok(Self(Inner::Remote(Arc::new(Mirrored::new(reference, options)?)))),
+        }
+    }
+
+    /// The same repository without the mirrors of its registry, for what is read in order to be written: a mirror may be
+    /// behind.
+    #[must_use]
+    pub fn without_mirrors(&self) -> Self {
+        match &self.0 {
+            Inner::Layout(_) => self.clone(),
+            Inner::Remote(remote) => Self(Inner::Remote(Arc::new(remote.without_mirrors()))),
         }
     }
 
@@ -126,7 +137,7 @@ impl Repository {
         }
         match &self.0 {
             Inner::Layout(layout) => RangeStream::new(layout_stream(layout.clone(), digest, range)),
-            Inner::Remote(remote) => RangeStream::new(Remote::blob_stream(remote, digest, range)),
+            Inner::Remote(remote) => RangeStream::new(remote.blob_stream(digest, range)),
         }
     }
 
@@ -142,7 +153,7 @@ impl Repository {
                 let file = blocking(layout, move |layout| layout.open_blob(&digest, size_bytes)).await?;
                 Ok(BlobReader::of_file(tokio::fs::File::from_std(file), digest, size_bytes))
             }
-            Inner::Remote(remote) => Remote::blob(remote, digest, size_bytes).await,
+            Inner::Remote(remote) => remote.blob(digest, size_bytes).await,
         }
     }
 
@@ -154,7 +165,7 @@ impl Repository {
         let digest = *digest;
         match &self.0 {
             Inner::Layout(layout) => blocking(layout, move |layout| Ok(layout.has_blob(&digest))).await,
-            Inner::Remote(remote) => remote.has_blob(&digest).await,
+            Inner::Remote(remote) => remote.registry().has_blob(&digest).await,
         }
     }
 
@@ -176,7 +187,7 @@ impl Repository {
             Inner::Layout(layout) => {
                 blocking(layout, move |layout| layout.push_blob(&digest, size_bytes, &source)).await
             }
-            Inner::Remote(remote) => remote.push_blob(&digest, size_bytes, &source, mount_from).await,
+            Inner::Remote(remote) => remote.registry().push_blob(&digest, size_bytes, &source, mount_from).await,
         }
     }
 
@@ -188,7 +199,7 @@ impl Repository {
     pub async fn mount_blob(&self, digest: &Digest, from: &str) -> Result<bool> {
         match &self.0 {
             Inner::Layout(_) => Ok(false),
-            Inner::Remote(remote) => remote.mount_blob(digest, from).await,
+            Inner::Remote(remote) => remote.registry().mount_blob(digest, from).await,
         }
     }
 
@@ -207,7 +218,7 @@ impl Repository {
                 let (media_type, tag) = (media_type.to_owned(), tag.map(str::to_owned));
                 blocking(layout, move |layout| layout.push_manifest(&media_type, &bytes, tag.as_deref())).await
             }
-            Inner::Remote(remote) => remote.push_manifest(media_type, bytes, tag).await,
+            Inner::Remote(remote) => remote.registry().push_manifest(media_type, bytes, tag).await,
         }
     }
 }

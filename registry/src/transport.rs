@@ -3,15 +3,17 @@
 //! Two HTTP clients: the one for `http:` knows no root certificates, so a registry on loopback works on a machine that has
 //! none; the one for `https:` is made when it is first needed. Neither follows redirects, retries or decompresses.
 
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use reqwest::header::{HeaderMap, RETRY_AFTER};
-use reqwest::{Body, Client, ClientBuilder, Method, Response, StatusCode};
+use reqwest::{Body, Certificate, Client, ClientBuilder, Identity, Method, Response, StatusCode};
 use tokio::time::timeout;
 use url::Url;
 
+use crate::endpoint::Endpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gate::Gate;
 use crate::options::ClientOptions;
@@ -28,10 +30,9 @@ const MAX_ERROR_BYTES: usize = 8 << 10;
 const MAX_REASON_CHARS: usize = 200;
 
 pub(crate) struct Transport {
-    /// The registry's and the repository's name for messages.
-    registry: String,
+    endpoint: Endpoint,
+    /// For messages.
     repository: String,
-    base: Url,
     plain: Client,
     tls: OnceLock<Client>,
     options: ClientOptions,
@@ -39,17 +40,20 @@ pub(crate) struct Transport {
 }
 
 impl Transport {
-    /// `base` is the registry's own address.
-    pub(crate) fn new(reference: &Reference, base: &Url, options: &ClientOptions) -> Result<Self> {
+    pub(crate) fn new(reference: &Reference, endpoint: Endpoint, options: &ClientOptions) -> Result<Self> {
         // Err = somebody chose a provider before: theirs is as good.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let plain = client(options, base)
+        let plain = client(options, &endpoint)
             .tls_certs_only([])
             .build()
             .map_err(|cause| Error::invalid("cannot set up HTTP").with_source(cause))?;
-        let (registry, repository) = (reference.registry().to_owned(), reference.repository().to_owned());
-        let (tls, gate) = (OnceLock::new(), Gate::of(base));
-        Ok(Self { registry, repository, base: base.clone(), plain, tls, options: options.clone(), gate })
+        let (tls, gate) = (OnceLock::new(), Gate::of(&endpoint.address));
+        let repository = reference.repository().to_owned();
+        Ok(Self { endpoint, repository, plain, tls, options: options.clone(), gate })
+    }
+
+    pub(crate) fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
     }
 
     pub(crate) fn gate(&self) -> &Gate {
@@ -62,7 +66,7 @@ impl Transport {
 
     /// Whether requests to `url` may carry the registry's `Authorization`.
     pub(crate) fn is_registry(&self, url: &Url) -> bool {
-        url.origin() == self.base.origin()
+        url.origin() == self.endpoint.address.origin()
     }
 
     /// Sends one request, once the gate is open, and waits for the head of the answer.
@@ -86,9 +90,17 @@ impl Transport {
         &self,
         method: Method,
         url: &Url,
-        headers: HeaderMap,
+        mut headers: HeaderMap,
         body: Option<Body>,
     ) -> Result<Response, Failure> {
+        if self.is_registry(url) {
+            let configured = &self.endpoint.headers;
+            // What the request has already wins: a token of the registry's own service.
+            let missing: Vec<_> = configured.keys().filter(|name| !headers.contains_key(*name)).collect();
+            for name in missing {
+                headers.extend(configured.get_all(name).iter().map(|value| (name.clone(), value.clone())));
+            }
+        }
         let mut request = self.client_for(url)?.request(method, url.clone()).headers(headers);
         if let Some(body) = body {
             request = request.body(body);
@@ -150,7 +162,7 @@ impl Transport {
             StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::NOT_FOUND => String::new(),
             _ => self.reason(response).await.map_or_else(String::new, |reason| format!(": {reason}")),
         };
-        let (registry, repository) = (&self.registry, &self.repository);
+        let (registry, repository) = (&self.endpoint.name, &self.repository);
         let error = |kind, text: String| Error::new(kind, format!("{text}{reason}"));
         match status {
             StatusCode::NOT_FOUND => {
@@ -186,10 +198,10 @@ impl Transport {
     /// What the operator knows the host of `url` as. Never the whole address: storage addresses carry a signature.
     pub(crate) fn name(&self, url: &Url) -> String {
         if self.is_registry(url) {
-            return format!("registry {}", self.registry);
+            return format!("registry {}", self.endpoint.name);
         }
         let port = url.port().map_or_else(String::new, |port| format!(":{port}"));
-        format!("{}{port} (for registry {})", url.host_str().unwrap_or_default(), self.registry)
+        format!("{}{port} (for registry {})", url.host_str().unwrap_or_default(), self.endpoint.name)
     }
 
     fn client_for(&self, url: &Url) -> Result<&Client> {
@@ -197,18 +209,21 @@ impl Transport {
             "https" => match self.tls.get() {
                 Some(client) => Ok(client),
                 None => {
-                    let made = client(&self.options, &self.base).build().map_err(|cause| {
-                        let root = root_cause(&cause);
-                        Error::invalid(format!("cannot set up TLS (are root certificates installed?): {root}"))
-                            .with_source(cause)
-                    })?;
+                    let made = tls_client(&self.options, &self.endpoint)?;
                     Ok(self.tls.get_or_init(|| made))
                 }
             },
-            "http" if self.options.plain_http || url.host_str().is_some_and(is_loopback) => Ok(&self.plain),
+            "http" if self.is_plain() || url.host_str().is_some_and(is_loopback) => Ok(&self.plain),
             "http" => Err(Error::invalid(format!("{} would be asked in plain HTTP", self.name(url)))),
-            other => Err(Error::corrupt(format!("registry {} points to an address of scheme {other}", self.registry))),
+            other => {
+                Err(Error::corrupt(format!("registry {} points to an address of scheme {other}", self.endpoint.name)))
+            }
         }
+    }
+
+    /// Whether the user has said that this registry is spoken to in plain HTTP, here or by its address in a file.
+    fn is_plain(&self) -> bool {
+        self.options.plain_http || self.endpoint.address.scheme() == "http"
     }
 
     fn silence(&self, url: &Url, limit: Duration) -> Error {
@@ -241,11 +256,39 @@ impl Transport {
 
 impl std::fmt::Debug for Transport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Transport").field("registry", &self.registry).finish_non_exhaustive()
+        f.debug_struct("Transport").field("registry", &self.endpoint.name).finish_non_exhaustive()
     }
 }
 
-fn client(options: &ClientOptions, base: &Url) -> ClientBuilder {
+fn tls_client(options: &ClientOptions, endpoint: &Endpoint) -> Result<Client> {
+    let mut builder = client(options, endpoint);
+    for path in &endpoint.authorities {
+        let certificates = Certificate::from_pem_bundle(&read(path)?).map_err(|cause| bad_file(path, cause))?;
+        builder = builder.tls_certs_merge(certificates);
+    }
+    if let Some((certificate, key)) = &endpoint.identity {
+        let mut pem = read(certificate)?;
+        if let Some(key) = key {
+            pem.push(b'\n');
+            pem.extend(read(key)?);
+        }
+        builder = builder.identity(Identity::from_pem(&pem).map_err(|cause| bad_file(certificate, cause))?);
+    }
+    builder.build().map_err(|cause| {
+        let root = root_cause(&cause);
+        Error::invalid(format!("cannot set up TLS (are root certificates installed?): {root}")).with_source(cause)
+    })
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|cause| Error::io(format_args!("cannot read {}", path.display()), cause))
+}
+
+fn bad_file(path: &Path, cause: reqwest::Error) -> Error {
+    Error::invalid(format!("{} is no certificate in PEM: {}", path.display(), root_cause(&cause))).with_source(cause)
+}
+
+fn client(options: &ClientOptions, endpoint: &Endpoint) -> ClientBuilder {
     let client = Client::builder()
         .user_agent(concat!("ublkimg/", env!("CARGO_PKG_VERSION")))
         .redirect(reqwest::redirect::Policy::none())
@@ -254,7 +297,7 @@ fn client(options: &ClientOptions, base: &Url) -> ClientBuilder {
         .connect_timeout(options.connect_timeout)
         .pool_max_idle_per_host(IDLE_CONNECTIONS);
     // A proxy cannot reach this machine's loopback, and hardly anybody lists it in NO_PROXY.
-    if base.host_str().is_some_and(is_loopback) { client.no_proxy() } else { client }
+    if endpoint.address.host_str().is_some_and(is_loopback) { client.no_proxy() } else { client }
 }
 
 /// `Retry-After` in seconds. The form with a date is ignored: it would need both clocks to agree.

@@ -60,6 +60,8 @@ pub fn ublkimg(root: &Path) -> Invocation {
         .env_remove("REGISTRY_AUTH_FILE")
         .env_remove("DOCKER_CONFIG")
         .env("HOME", root)
+        .env("UBLKIMG_CONFIG", "/dev/null")
+        .env("UBLKIMG_HOSTS_DIR", root.join("certs.d"))
         .env("TMPDIR", root)
         .env("UBLKIMG_ROOT", root.join("store"))
         .env("UBLKIMG_RUN_DIR", root.join("run"));

@@ -13,8 +13,11 @@ pub(crate) struct Hook {
     /// How long attaching and mounting may take in all
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = super::duration)]
     pub(crate) timeout: Duration,
+    /// How long a read may wait for a registry that does not answer
+    #[arg(long, env = "UBLKIMG_IO_TIMEOUT", value_name = "TIME", default_value = "300s", value_parser = super::duration)]
+    pub(crate) io_timeout: Duration,
     /// How the devices are served
-    #[arg(long, value_enum, default_value_t = super::TransportArgument::Auto)]
+    #[arg(long, env = "UBLKIMG_TRANSPORT", value_enum, default_value_t = super::TransportArgument::Auto)]
     pub(crate) transport: super::TransportArgument,
     #[command(flatten)]
     pub(crate) registry: super::RegistryOptions,

@@ -16,7 +16,7 @@ pub(crate) struct Pull {
     #[arg(long, value_name = "PROFILE", default_value = "auto")]
     pub(crate) profile: String,
     /// How long the registry may be silent
-    #[arg(long, value_name = "TIME", default_value = "300s", value_parser = super::duration)]
+    #[arg(long, env = "UBLKIMG_IO_TIMEOUT", value_name = "TIME", default_value = "300s", value_parser = super::duration)]
     pub(crate) io_timeout: Duration,
     #[command(flatten)]
     pub(crate) registry: super::RegistryOptions,

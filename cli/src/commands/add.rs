@@ -124,17 +124,23 @@ fn add_request(command: &Add) -> anyhow::Result<AddRequest> {
         read_ahead_kb: command.start.read_ahead_kb,
         fill: if command.wait.is_some() { FillMode::Full } else { fill_mode(command.attach.fill) },
     };
-    request(&command.reference, &command.attach, start)
+    request(&command.reference, command.name.as_deref(), &command.attach, start)
 }
 
-pub(super) fn request(reference: &str, attach: &AttachArguments, start: StartOptions) -> anyhow::Result<AddRequest> {
+pub(super) fn request(
+    reference: &str,
+    name: Option<&str>,
+    attach: &AttachArguments,
+    start: StartOptions,
+) -> anyhow::Result<AddRequest> {
     Ok(AddRequest {
         reference: super::location(reference)?.to_string(),
-        name: attach.name.clone(),
+        name: name.map(str::to_owned),
         transport: transport(attach.transport),
         queue: queue(attach),
         plain_http: attach.registry.plain_http,
         auth_file: attach.registry.auth_file.as_deref().map(super::absolute).transpose()?,
+        hosts_dirs: attach.registry.hosts_dirs.clone(),
         attach_timeout_ms: milliseconds(attach.timeout),
         read_timeout_ms: milliseconds(attach.io_timeout),
         holds_reads: attach.on_timeout == OnTimeout::Hold,

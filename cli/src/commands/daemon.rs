@@ -35,7 +35,7 @@ pub(super) fn run(global: &Global, command: &Daemon) -> anyhow::Result<()> {
     let options = GuardOptions { recovery_timeout: command.recovery_timeout, server_pid: command.guard_of };
     let outcome = guard::run(&directories, &options, &|program, role| {
         let mut made = Command::new(program);
-        pass_global(&mut made, &directories, &global.log);
+        pass_global(&mut made, global, &directories);
         made.arg("daemon");
         match role {
             Role::Server => made.arg("--server"),
@@ -72,7 +72,7 @@ fn stop(directories: &Directories, keep_devices: bool) -> anyhow::Result<()> {
 /// The command by which other commands start a daemon.
 pub(super) fn background(executable: &Path, global: &Global, directories: &Directories) -> Command {
     let mut command = Command::new(executable);
-    pass_global(&mut command, directories, &global.log);
+    pass_global(&mut command, global, directories);
     command.args(["daemon", "--background"]);
     command
 }
@@ -86,6 +86,7 @@ fn pass_limits(made: &mut Command, command: &Daemon) {
     made.args(["--recovery-timeout".to_owned(), format!("{}ms", command.recovery_timeout.as_millis())]);
 }
 
-fn pass_global(command: &mut Command, directories: &Directories, log: &str) {
-    command.arg("--root").arg(&directories.root).arg("--run-dir").arg(&directories.run).args(["--log", log]);
+pub(super) fn pass_global(command: &mut Command, global: &Global, directories: &Directories) {
+    command.args(global.config.iter().flat_map(|file| [Path::new("--config"), file]));
+    command.arg("--root").arg(&directories.root).arg("--run-dir").arg(&directories.run).args(["--log", &global.log]);
 }

@@ -1,4 +1,4 @@
-//! `ublkimg docs`: man pages and completions from the definition of the command line.
+//! `ublkimg docs`: man pages, completions and a sample configuration from the definition of the command line.
 
 use std::fs;
 
@@ -17,5 +17,6 @@ pub(super) fn run(command: &Docs) -> anyhow::Result<()> {
         clap_complete::generate_to(shell, &mut Arguments::command(), "ublkimg", directory)
             .with_context(|| format!("cannot write completions to {}", directory.display()))?;
     }
-    Ok(())
+    let sample = directory.join("config.toml");
+    fs::write(&sample, crate::config::sample()).with_context(|| format!("cannot write {}", sample.display()))
 }

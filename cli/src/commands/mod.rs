@@ -3,6 +3,7 @@
 mod add;
 mod bundle;
 mod cache;
+mod cdi;
 mod check;
 mod convert;
 mod daemon;
@@ -23,10 +24,13 @@ mod optimize;
 mod pull;
 mod ready;
 mod record;
+mod report;
 mod rm;
 mod root;
+mod runtime;
 mod status;
 mod trace;
+mod up;
 
 use std::path::Path;
 
@@ -46,10 +50,12 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Convert(command) => convert::run(&command),
         Command::Pull(command) => pull::run(global, &command),
         Command::Add(command) => add::run(global, &command),
+        Command::Up(command) => up::run(global, &command),
         Command::Bundle(command) => bundle::run(global, &command),
         Command::Rm(command) => rm::run(global, &command),
         Command::Ls(command) => ls::run(global, &command),
         Command::Status(command) => status::run(global, &command),
+        Command::Report(command) => report::run(global, &command),
         Command::Record(command) => record::run(global, &command),
         Command::Ready(command) => ready::run(global, &command),
         Command::Fill(command) => fill::run(global, &command),
@@ -59,10 +65,12 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Optimize(command) => optimize::run(&command),
         Command::Trace(command) => trace::run(&command),
         Command::Cache(command) => cache::run(global, &command),
+        Command::Cdi(command) => cdi::run(global, &command),
         Command::Metrics(command) => metrics::run(global, &command),
         Command::Doctor(command) => doctor::run(&command),
         Command::Daemon(command) => daemon::run(global, &command),
         Command::Docs(command) => docs::run(&command),
+        Command::Runtime(command) => runtime::run(global, &command),
         Command::Hook(command) => hook::run(global, &command),
         Command::MountInto(command) => mount_into::run(&command),
         Command::MountHelper(command) => mount_helper::run(&command),
@@ -85,7 +93,12 @@ fn resolved(path: &Path) -> anyhow::Result<std::path::PathBuf> {
 }
 
 fn client_options(options: &RegistryOptions) -> ClientOptions {
-    ClientOptions { plain_http: options.plain_http, auth_file: options.auth_file.clone(), ..ClientOptions::default() }
+    ClientOptions {
+        plain_http: options.plain_http,
+        auth_file: options.auth_file.clone(),
+        hosts_dirs: options.hosts_dirs.clone(),
+        ..ClientOptions::default()
+    }
 }
 
 /// A reference, a layout's directory made absolute. No reference begins like a path, so a path is that of a layout.

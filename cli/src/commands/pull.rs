@@ -23,6 +23,7 @@ pub(super) fn run(global: &Global, command: &Pull) -> anyhow::Result<()> {
         reference: super::location(&command.reference)?.to_string(),
         plain_http: command.registry.plain_http,
         auth_file: command.registry.auth_file.as_deref().map(super::absolute).transpose()?,
+        hosts_dirs: command.registry.hosts_dirs.clone(),
         read_timeout_ms: add::milliseconds(command.io_timeout),
         start: StartOptions {
             profile: add::profile(&command.profile)?,

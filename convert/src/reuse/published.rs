@@ -38,7 +38,7 @@ impl Published {
     /// # Errors
     /// `NotFound` where there is nothing, `NotOurs` for an ordinary image, and those of the registry.
     pub(super) async fn open(location: &Location, client: &ClientOptions) -> Result<Self> {
-        let repository = Repository::open(location, client).await?;
+        let repository = Repository::open(location, client).await?.without_mirrors();
         let resolved = repository.resolve().await?;
         let mut images = Vec::new();
         let mut add = |bytes: &[u8]| {

@@ -33,6 +33,9 @@ pub struct PullRequest {
     pub plain_http: bool,
     /// File with credentials, absolute.
     pub auth_file: Option<PathBuf>,
+    /// See [`ublkimg_registry::ClientOptions::hosts_dirs`]; absolute.
+    #[serde(default)]
+    pub hosts_dirs: Vec<PathBuf>,
     /// How long the registry may be silent.
     pub read_timeout_ms: u64,
     /// The profile, and the command that chooses it.
@@ -211,6 +214,9 @@ pub struct AddRequest {
     pub plain_http: bool,
     /// A credentials file to use instead of the usual ones.
     pub auth_file: Option<PathBuf>,
+    /// See [`ublkimg_registry::ClientOptions::hosts_dirs`]; absolute.
+    #[serde(default)]
+    pub hosts_dirs: Vec<PathBuf>,
     /// How long attaching may take.
     pub attach_timeout_ms: u64,
     /// How long a read may wait for the registry before it fails with EIO.

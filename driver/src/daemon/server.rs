@@ -258,8 +258,9 @@ impl Server {
         }
         let transport = blocking(move || kernel::choose(request.transport)).await?;
         let location: Location = parse_location(&request.reference)?;
-        let (timeout_ms, holds_reads) = (request.read_timeout_ms, request.holds_reads);
-        let mut options = options(request.plain_http, request.auth_file.clone(), timeout_ms, holds_reads);
+        let holds_reads = request.holds_reads;
+        let client = client(request.plain_http, request.auth_file.clone(), request.hosts_dirs.clone());
+        let mut options = options(client, request.read_timeout_ms, holds_reads);
         options.attach_deadline = Duration::from_millis(request.attach_timeout_ms);
         options.profile = source(&request.start.profile)?;
         options.command = command(&request.start.command);
@@ -272,6 +273,7 @@ impl Server {
             ublk_id: None,
             plain_http: request.plain_http,
             auth_file: request.auth_file,
+            hosts_dirs: request.hosts_dirs,
             read_timeout_ms: request.read_timeout_ms,
             holds_reads,
             profile: loaded.profile.as_ref().map(|profile| profile.kept.clone()),
@@ -409,19 +411,20 @@ impl Server {
     }
 }
 
-/// Where the profile comes from that a request asks for.
 /// What [`Request::Pull`] asks for, in this process.
 ///
 /// # Errors
 /// As [`crate::pull::pull`]; `Invalid` for a reference or a profile that is none.
 pub async fn pull_here(store: &Arc<Store>, engine: &Engine, request: &PullRequest) -> Result<Pulled> {
     let location = parse_location(&request.reference)?;
-    let mut options = options(request.plain_http, request.auth_file.clone(), request.read_timeout_ms, false);
+    let client = client(request.plain_http, request.auth_file.clone(), request.hosts_dirs.clone());
+    let mut options = options(client, request.read_timeout_ms, false);
     options.profile = source(&request.start.profile)?;
     options.command = command(&request.start.command);
     crate::pull::pull(store, engine, &location, &options, request.what).await
 }
 
+/// Where the profile comes from that a request asks for.
 fn source(request: &ProfileRequest) -> Result<ProfileSource> {
     let bad = |error| Error::caused(ErrorKind::Invalid, "profile", error);
     Ok(match request {
@@ -451,15 +454,18 @@ fn parse_location(text: &str) -> Result<Location> {
 
 /// Where the chunks of a recorded device come from, and how.
 pub(super) fn options_of(record: &DeviceRecord) -> Result<(Location, AttachOptions)> {
-    let (timeout_ms, holds_reads) = (record.read_timeout_ms, record.holds_reads);
-    let options = options(record.plain_http, record.auth_file.clone(), timeout_ms, holds_reads);
-    Ok((parse_location(&record.reference)?, options))
+    let client = client(record.plain_http, record.auth_file.clone(), record.hosts_dirs.clone());
+    Ok((parse_location(&record.reference)?, options(client, record.read_timeout_ms, record.holds_reads)))
 }
 
-/// How the registry of a device is spoken to.
-fn options(plain_http: bool, auth_file: Option<PathBuf>, read_timeout_ms: u64, holds_reads: bool) -> AttachOptions {
+/// How the registry of a request or a record is spoken to.
+fn client(plain_http: bool, auth_file: Option<PathBuf>, hosts_dirs: Vec<PathBuf>) -> ClientOptions {
+    ClientOptions { plain_http, auth_file, hosts_dirs, ..ClientOptions::default() }
+}
+
+fn options(client: ClientOptions, read_timeout_ms: u64, holds_reads: bool) -> AttachOptions {
     AttachOptions {
-        client: ClientOptions { plain_http, auth_file, ..ClientOptions::default() },
+        client,
         read_deadline: if holds_reads { FOR_EVER } else { Duration::from_millis(read_timeout_ms) },
         ..AttachOptions::default()
     }

@@ -36,6 +36,9 @@ pub struct DeviceRecord {
     pub plain_http: bool,
     /// See [`super::protocol::AddRequest::auth_file`].
     pub auth_file: Option<PathBuf>,
+    /// See [`super::protocol::AddRequest::hosts_dirs`]. Records of version 0.1.0 lack it.
+    #[serde(default)]
+    pub hosts_dirs: Vec<PathBuf>,
     /// See [`super::protocol::AddRequest::read_timeout_ms`].
     pub read_timeout_ms: u64,
     /// See [`super::protocol::AddRequest::holds_reads`]. Records of version 0.1.0 lack it.
@@ -168,6 +171,7 @@ mod tests {
             ublk_id: Some(3),
             plain_http: false,
             auth_file: None,
+            hosts_dirs: Vec::new(),
             read_timeout_ms: 300_000,
             holds_reads: false,
             profile: None,

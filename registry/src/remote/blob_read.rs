@@ -125,7 +125,7 @@ impl Remote {
         match response.status() {
             StatusCode::PARTIAL_CONTENT => Ok(Body { response, skip_bytes: 0 }),
             StatusCode::OK if range.start > MAX_SKIPPED_BYTES => {
-                let registry = self.reference.registry();
+                let registry = self.name();
                 let what = format!("registry {registry} ignores byte ranges (whole blob {digest} sent)");
                 Err(Error::invalid(what).into())
             }
@@ -192,11 +192,11 @@ impl Remote {
     }
 
     pub(super) fn odd(&self, digest: &Digest, what: &str) -> Error {
-        Error::corrupt(format!("blob {digest} at registry {}: {what}", self.reference.registry()))
+        Error::corrupt(format!("blob {digest} at registry {}: {what}", self.name()))
     }
 
     pub(super) fn broken_off(&self, digest: &Digest, what: &str) -> Failure {
-        Failure::later(Error::unavailable(format!("blob {digest} at registry {}: {what}", self.reference.registry())))
+        Failure::later(Error::unavailable(format!("blob {digest} at registry {}: {what}", self.name())))
     }
 }
 

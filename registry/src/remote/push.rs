@@ -252,7 +252,7 @@ impl Remote {
         let stated = response.headers().get(DIGEST_HEADER).and_then(|value| value.to_str().ok());
         match stated.and_then(|stated| stated.parse::<Digest>().ok()) {
             Some(stored) if stored != *digest => {
-                let registry = self.reference.registry();
+                let registry = self.name();
                 let text = format!("registry {registry} stored {stored} instead of {digest}: {what}");
                 Err(Failure::suspect(Error::corrupt(text)))
             }

@@ -57,7 +57,7 @@ impl Remote {
             let after = add_referrer(&before, listed)?;
             self.push_manifest(MEDIA_TYPE_INDEX, after, Some(&fallback_tag(subject))).await?;
         }
-        let registry = self.reference.registry();
+        let registry = self.name();
         Err(Error::unavailable(format!(
             "others keep changing the list of what refers to {subject} at registry {registry}"
         )))
@@ -116,7 +116,7 @@ impl Remote {
         }
         let next = self.next_page(url, response.headers())?;
         let bytes = self.transport.body(response, MAX_MANIFEST_BYTES, what).await?;
-        let registry = self.reference.registry();
+        let registry = self.name();
         let index = Index::parse(&bytes)
             .map_err(|error| Failure::suspect(Error::corrupt(format!("{what} from registry {registry}: {error}"))))?;
         Ok(Page::Listed { index, next })
@@ -129,7 +129,7 @@ impl Remote {
             link.strip_prefix('<').and_then(|link| link.split_once('>')).filter(|(_, rest)| rest.contains("next"));
         let Some((target, _)) = next else { return Ok(None) };
         let next = url.join(target).ok().filter(|next| self.transport.is_registry(next));
-        let elsewhere = || Error::corrupt(format!("registry {} continues a list elsewhere", self.reference.registry()));
+        let elsewhere = || Error::corrupt(format!("registry {} continues a list elsewhere", self.name()));
         next.map(Some).ok_or_else(elsewhere)
     }
 

@@ -171,7 +171,7 @@ impl Repository {
                 blocking(layout, move |layout| layout.push_instead(&media_type, &index, tag.as_deref(), Some(&old)))
                     .await
             }
-            Inner::Remote(remote) => remote.push_manifest(&media_type, index, tag.as_deref()).await,
+            Inner::Remote(remote) => remote.registry().push_manifest(&media_type, index, tag.as_deref()).await,
         }
     }
 
@@ -181,7 +181,7 @@ impl Repository {
 
     /// What the location names, and the index that it is or that belongs around it.
     async fn resolved_index(&self, image: &Descriptor) -> Result<(Resolved, Bytes)> {
-        let resolved = self.resolve().await?;
+        let resolved = self.without_mirrors().resolve().await?;
         if is_index(&resolved) {
             let index = resolved.bytes.clone();
             return Ok((resolved, index));
@@ -230,7 +230,7 @@ impl Repository {
     async fn tag_to_push(&self) -> Result<Option<String>> {
         match &self.0 {
             Inner::Layout(layout) => blocking(layout, crate::layout::Layout::tag_of_image).await,
-            Inner::Remote(remote) => match remote.tag() {
+            Inner::Remote(remote) => match remote.registry().tag() {
                 Some(tag) => Ok(Some(tag.to_owned())),
                 None => {
                     Err(Error::invalid("a profile is listed under a tag; name the image by its tag, not by a digest"))

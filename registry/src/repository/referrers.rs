@@ -20,7 +20,7 @@ impl Repository {
                 let (subject, wanted) = (*subject, artifact_type.map(str::to_owned));
                 blocking(layout, move |layout| layout.referrers(&subject, wanted.as_deref())).await
             }
-            Inner::Remote(remote) => remote.referrers(subject, artifact_type).await,
+            Inner::Remote(remote) => remote.registry().referrers(subject, artifact_type).await,
         }
     }
 
@@ -38,7 +38,7 @@ impl Repository {
             Inner::Layout(_) => self.push_manifest(MEDIA_TYPE_MANIFEST, manifest, None).await,
             Inner::Remote(remote) => {
                 let listed = artifact.descriptor(&manifest);
-                remote.push_referrer(&manifest, &artifact.subject.digest, &listed).await
+                remote.registry().push_referrer(&manifest, &artifact.subject.digest, &listed).await
             }
         }
     }

@@ -143,6 +143,7 @@ fn add_request(command: &RecordRun, reference: &str, name: &str) -> anyhow::Resu
         queue: QueueOptions::default(),
         plain_http: command.registry.plain_http,
         auth_file: command.registry.auth_file.as_deref().map(super::super::absolute).transpose()?,
+        hosts_dirs: command.registry.hosts_dirs.clone(),
         attach_timeout_ms: add::milliseconds(ATTACH_TIMEOUT),
         read_timeout_ms: add::milliseconds(READ_TIMEOUT),
         holds_reads: false,
