@@ -162,6 +162,69 @@ fn a_bundle_is_all_that_a_runtime_needs() {
 }
 
 #[test]
+fn devices_of_the_host_come_as_their_vendor_says() {
+    let host = match Host::with_shell() {
+        Ok(host) => host,
+        Err(reason) => skip!("{reason}"),
+    };
+    let (cdi, gift, called) = (host.root.join("cdi"), host.root.join("gift"), host.root.join("called"));
+    std::fs::create_dir_all(&cdi).unwrap();
+    std::fs::create_dir_all(&gift).unwrap();
+    std::fs::write(gift.join("library"), "of the host\n").unwrap();
+    let text = format!(
+        "cdiVersion: 0.6.0\nkind: vendor.test/gpu\ncontainerEdits:\n  env: [VISIBLE=all]\n  hooks:\n  \
+         - {{hookName: createRuntime, path: /bin/sh, args: [sh, -c, 'echo called >> {}']}}\n  mounts:\n  \
+         - {{hostPath: {}, containerPath: /gift, options: [ro, nosuid, bind]}}\ndevices:\n- name: '0'\n  \
+         containerEdits:\n    deviceNodes:\n    - {{path: /dev/gpu0, hostPath: /dev/zero, permissions: r}}\n",
+        called.display(),
+        gift.display()
+    );
+    std::fs::write(cdi.join("vendor.yaml"), text).unwrap();
+    let cdi_dir = format!("--cdi-dir={}", cdi.display());
+    for (round, program) in (1..).zip(runtimes()) {
+        let script = "echo $VISIBLE; cat /gift/library; busybox head -c 3 /dev/gpu0 | busybox wc -c";
+        let options = [&*cdi_dir, "--device", "vendor.test/gpu=0"];
+        let directory = bundle(&host, "one", &options, &["/bin/sh", "-c", script]);
+        assert_eq!(succeeds(&host, program, &directory, "c1"), "all\nof the host\n3\n");
+        assert_eq!(std::fs::read_to_string(&called).unwrap().lines().count(), round);
+        host.ublkimg(&["rm", "one"]).success();
+    }
+    let (reference, two) = (host.registry.reference("shell", "v1"), host.root.join("two").display().to_string());
+    let missing = ["bundle", &reference, &two, &cdi_dir, "--device", "vendor.test/gpu=1"];
+    host.ublkimg(&missing).refused(3, &["vendor.test/gpu=1", &cdi.display().to_string()]);
+    assert_eq!(host.devices(), Vec::<Value>::new(), "nothing was attached for it");
+    host.end();
+}
+
+#[test]
+fn an_attached_image_is_a_device_for_other_tools() {
+    let host = match Host::with_shell() {
+        Ok(host) => host,
+        Err(reason) => skip!("{reason}"),
+    };
+    let (cdi, weights) = (host.root.join("cdi"), host.root.join("weights"));
+    std::fs::create_dir_all(&cdi).unwrap();
+    host.add("shell", &["--mount", weights.to_str().unwrap(), "--name", "weights"]).success();
+    let file = cdi.join("weights.json");
+    host.ublkimg(&["cdi", "generate", "weights", "--path", "/models", "-o", file.to_str().unwrap()]).success();
+    let shown = host.ublkimg(&["cdi", "generate", "weights", "--path", "/models"]).success();
+    let written: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    assert_eq!(written, serde_json::from_str::<Value>(&shown.stdout).unwrap());
+    let cdi_dir = format!("--cdi-dir={}", cdi.display());
+    for program in runtimes() {
+        let script = "busybox wc -c < /models/data; ! echo x 2>/dev/null > /models/y";
+        let options = [&*cdi_dir, "--device", "ublkimg.dev/tree=weights"];
+        let directory = bundle(&host, "one", &options, &["/bin/sh", "-c", script]);
+        assert_eq!(succeeds(&host, program, &directory, "c1"), "1048576\n");
+        host.ublkimg(&["rm", "one"]).success();
+    }
+    host.add("shell", &["--name", "bare"]).success();
+    host.ublkimg(&["cdi", "generate", "bare"]).refused(2, &["bare", "not mounted"]);
+    host.ublkimg(&["cdi", "generate", "weights", "--kind", "odd"]).refused(2, &["odd=weights"]);
+    host.end();
+}
+
+#[test]
 fn a_container_keeps_what_it_uses() {
     let host = match Host::with_shell() {
         Ok(host) => host,

@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::AttachArguments;
 use crate::bundle::BindMount;
+use crate::cdi::DeviceName;
 
 /// A bundle that `runc run -b DIR NAME` runs: the image attached, a writable root over it, and the configuration.
 #[derive(Debug, Args)]
@@ -14,6 +15,9 @@ pub(crate) struct Bundle {
     pub(crate) reference: String,
     /// The bundle's directory; it is made if it is missing
     pub(crate) directory: PathBuf,
+    /// Name of the device (default: made of the reference)
+    #[arg(long)]
+    pub(crate) name: Option<String>,
     #[command(flatten)]
     pub(crate) attach: AttachArguments,
     /// Keep what the container changes in this directory (default: in memory)
@@ -40,6 +44,18 @@ pub(crate) struct Bundle {
     /// Image that the container finds read-only at PATH, attached when it starts and removed after it; can be repeated
     #[arg(short, long, value_name = "PATH=REF", value_parser = image_mount)]
     pub(crate) mount_image: Vec<(String, String)>,
+    /// Device of this host, by a CDI specification of its vendor: its nodes, mounts, variables and hooks; can be repeated
+    #[arg(long, value_name = "VENDOR/CLASS=NAME")]
+    pub(crate) device: Vec<DeviceName>,
+    /// Directories with CDI specifications, the one that counts most last; `:` between several
+    #[arg(
+        long = "cdi-dir",
+        value_name = "DIR",
+        env = "UBLKIMG_CDI_DIR",
+        value_delimiter = ':',
+        default_value = "/etc/cdi:/var/run/cdi"
+    )]
+    pub(crate) cdi_dirs: Vec<PathBuf>,
     /// Leave out the hooks, which keep the device from being removed while the container lives
     #[arg(long, conflicts_with = "mount_image")]
     pub(crate) no_hooks: bool,

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::accounts::{self, User};
 use super::image_config::ImageConfig;
+use crate::cdi;
 
 /// What docker lets a container do by default: enough for services that change their user.
 const CAPABILITIES: [&str; 14] = [
@@ -56,6 +57,8 @@ pub(crate) struct Overrides {
     pub(crate) terminal: bool,
     pub(crate) annotations: BTreeMap<String, String>,
     pub(crate) hooks: Option<Hooks>,
+    /// What the devices of the host that are wanted in it change.
+    pub(crate) edits: Vec<cdi::Edits>,
 }
 
 /// Our own hooks: they lease what the container uses, and mount the images that annotations name.
@@ -72,7 +75,7 @@ pub(crate) struct Hooks {
 }
 
 impl Hooks {
-    fn to_json(&self) -> Value {
+    pub(crate) fn to_json(&self) -> Value {
         let phase = |name: &str, seconds: u64| {
             let before = ["ublkimg"].into_iter().chain(self.arguments.iter().map(String::as_str));
             let arguments = before.chain(["hook", name]).chain(self.options.iter().map(String::as_str));
@@ -120,6 +123,9 @@ pub(crate) fn spec(image: &ImageConfig, rootfs: &Path, overrides: &Overrides) ->
     }
     if let Some(hooks) = &overrides.hooks {
         spec["hooks"] = hooks.to_json();
+    }
+    for edits in &overrides.edits {
+        cdi::apply(&mut spec, edits)?;
     }
     Ok(spec)
 }

@@ -8,9 +8,10 @@ use ublkimg_driver::daemon::protocol::{DeviceStatus, StartOptions};
 
 use super::root::Root;
 use super::{add, hook, image_config, rm};
-use crate::args::Global;
 use crate::args::bundle::Bundle;
+use crate::args::{AttachArguments, Global};
 use crate::bundle::{Hooks, Overrides};
+use crate::cdi;
 use crate::output;
 
 /// What `bundle --json` prints.
@@ -31,7 +32,9 @@ pub(super) fn run(global: &Global, command: &Bundle) -> anyhow::Result<()> {
         read_ahead_kb: None,
         fill: add::fill_mode(command.attach.fill),
     };
-    let request = add::request(&command.reference, &command.attach, start)?;
+    let request = add::request(&command.reference, command.name.as_deref(), &command.attach, start)?;
+    // Before anything is attached: a wrong name should cost nothing.
+    let edits = cdi::find(&command.cdi_dirs, &command.device)?;
     let directory = super::absolute(&command.directory)?;
     let wanted = Root {
         directory: &directory.join("rootfs"),
@@ -41,7 +44,7 @@ pub(super) fn run(global: &Global, command: &Bundle) -> anyhow::Result<()> {
     let was_there = directory.join("config.json").exists();
     let target = add::Target::Root(wanted);
     let (device, _) = add::attach(global, &directories, request, &target, command.attach.timeout)?;
-    if let Err(error) = configure(global, command, &device, &directory) {
+    if let Err(error) = configure(global, command, &device, &directory, edits) {
         // A root without a configuration is no bundle; one that was there before may be in use.
         if !was_there {
             let _ = rm::remove(&directories, &device, true);
@@ -56,7 +59,13 @@ pub(super) fn run(global: &Global, command: &Bundle) -> anyhow::Result<()> {
     output::line(&format!("{} {}", device.name, directory.display()))
 }
 
-fn configure(global: &Global, command: &Bundle, device: &DeviceStatus, directory: &Path) -> anyhow::Result<()> {
+fn configure(
+    global: &Global,
+    command: &Bundle,
+    device: &DeviceStatus,
+    directory: &Path,
+    edits: Vec<cdi::Edits>,
+) -> anyhow::Result<()> {
     let image = image_config::fetch(&command.attach.registry, &command.reference, &device.manifest)?;
     let overrides = Overrides {
         command: command.command.clone(),
@@ -68,7 +77,8 @@ fn configure(global: &Global, command: &Bundle, device: &DeviceStatus, directory
         host_network: command.host_network,
         terminal: command.tty,
         annotations: if command.no_hooks { BTreeMap::new() } else { annotations(command, device)? },
-        hooks: if command.no_hooks { None } else { Some(hooks(global, command)?) },
+        hooks: if command.no_hooks { None } else { Some(hooks(global, &command.attach)?) },
+        edits,
     };
     crate::bundle::write(directory, &image, &overrides)
 }
@@ -85,24 +95,26 @@ fn annotations(command: &Bundle, device: &DeviceStatus) -> anyhow::Result<BTreeM
 }
 
 /// With the directories and the registry options of this command.
-fn hooks(global: &Global, command: &Bundle) -> anyhow::Result<Hooks> {
+pub(super) fn hooks(global: &Global, attach: &AttachArguments) -> anyhow::Result<Hooks> {
     let directories = super::directories(global)?;
     let mut arguments = Vec::new();
-    for (option, path) in [("--root", &directories.root), ("--run-dir", &directories.run)] {
+    let directories = [("--root", &directories.root), ("--run-dir", &directories.run)];
+    for (option, path) in global.config.iter().map(|file| ("--config", file)).chain(directories) {
         arguments.extend([option.to_owned(), path.display().to_string()]);
     }
-    let timeout_seconds = command.attach.timeout.as_secs().max(1);
-    Ok(Hooks { program: std::env::current_exe()?, arguments, options: hook_options(command)?, timeout_seconds })
+    let timeout_seconds = attach.timeout.as_secs().max(1);
+    Ok(Hooks { program: std::env::current_exe()?, arguments, options: hook_options(attach)?, timeout_seconds })
 }
 
-fn hook_options(command: &Bundle) -> anyhow::Result<Vec<String>> {
-    let mut options = vec![format!("--timeout={}ms", add::milliseconds(command.attach.timeout))];
-    if command.attach.registry.plain_http {
+fn hook_options(attach: &AttachArguments) -> anyhow::Result<Vec<String>> {
+    let mut options = vec![format!("--timeout={}ms", add::milliseconds(attach.timeout))];
+    if attach.registry.plain_http {
         options.push("--plain-http".to_owned());
     }
-    if let Some(file) = &command.attach.registry.auth_file {
+    if let Some(file) = &attach.registry.auth_file {
         options.push(format!("--auth-file={}", super::absolute(file)?.display()));
     }
+    options.extend(attach.registry.hosts_dirs.iter().map(|dir| format!("--hosts-dir={}", dir.display())));
     Ok(options)
 }
 
