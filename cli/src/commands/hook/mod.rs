@@ -5,7 +5,7 @@
 //! | prestart, createRuntime | the images of the annotations are attached, leased, and mounted in the container |
 //! | createContainer | the same, already in the container's mount namespace |
 //! | poststart | the root's device counts as ready, if an annotation says so |
-//! | poststop | leases are given back; devices that hooks attached go with the last of them |
+//! | poststop | leases are given back; devices that were attached for containers go with the last of them |
 //!
 //! A hook cannot supply the root itself: runtimes look at it before they call one. `ublkimg bundle` can.
 //!
@@ -25,16 +25,13 @@ use ublkimg_driver::device::QueueOptions;
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_image::Sha256;
 
-pub(super) use self::state::{MOUNT_PREFIX, ROOT};
+pub(super) use self::state::{MOUNT_PREFIX, POSTSTOP, REMOVE, ROOT};
 
 use self::state::State;
 use super::{add, mount_helper, rm, status};
 use crate::args::Global;
 use crate::args::hook::Hook;
 use crate::lease::{Leases, Process};
-
-/// How long a read may wait for a registry.
-const READ_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// How long the daemon may take for something small.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -132,8 +129,9 @@ impl Call<'_> {
             queue: QueueOptions::default(),
             plain_http: self.command.registry.plain_http,
             auth_file: self.command.registry.auth_file.as_deref().map(super::absolute).transpose()?,
+            hosts_dirs: self.command.registry.hosts_dirs.clone(),
             attach_timeout_ms: add::milliseconds(self.command.timeout),
-            read_timeout_ms: add::milliseconds(READ_TIMEOUT),
+            read_timeout_ms: add::milliseconds(self.command.io_timeout),
             holds_reads: false,
             start: StartOptions { fill: FillMode::Off, record: true, ..StartOptions::default() },
         })
@@ -154,26 +152,27 @@ impl Call<'_> {
     }
 
     fn stopped(&self) -> anyhow::Result<()> {
-        if let Some(name) = self.state.root_device() {
-            Leases::of(&self.directories, name).give_back(&self.state.id)?;
-        }
-        let mut failed = Ok(());
+        // Each by itself: what cannot be removed must not keep the others.
+        let mut failed = match self.state.root_device() {
+            Some(name) if self.state.takes_root_along() => self.let_go(name),
+            Some(name) => Leases::of(&self.directories, name).give_back(&self.state.id).map(drop),
+            None => Ok(()),
+        };
         for (_path, reference) in self.state.mounts() {
-            // Each by itself: what cannot be removed must not keep the others.
-            failed = failed.and(self.let_go(reference));
+            failed =
+                failed.and(self.request(reference).and_then(|request| self.let_go(&request.name.unwrap_or_default())));
         }
         failed
     }
 
-    fn let_go(&self, reference: &str) -> anyhow::Result<()> {
-        let name = self.request(reference)?.name.unwrap_or_default();
-        let leases = Leases::of(&self.directories, &name);
+    fn let_go(&self, name: &str) -> anyhow::Result<()> {
+        let leases = Leases::of(&self.directories, name);
         let _lock = leases.lock()?;
         leases.give_back(&self.state.id)?;
         if leases.holder().is_some() {
             return Ok(());
         }
-        let device = match status::find(&self.directories, &name) {
+        let device = match status::find(&self.directories, name) {
             Ok(device) => device,
             // It was removed, or never attached.
             Err(error) if is_not_found(&error) => return Ok(()),
@@ -198,6 +197,6 @@ fn device_name(reference: &str) -> String {
     format!("hook-{digits}")
 }
 
-fn is_not_found(error: &anyhow::Error) -> bool {
+pub(super) fn is_not_found(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Error>().is_some_and(|error| error.kind() == ErrorKind::NotFound)
 }

@@ -16,6 +16,12 @@ pub(in super::super) const MOUNT_PREFIX: &str = "dev.ublkimg.mount.";
 /// Name of the device that the container's root is made of: it must be there, and stays as long as the container.
 pub(in super::super) const ROOT: &str = "dev.ublkimg.root";
 
+/// [`POSTSTOP`]: the root's device goes when the container has ended.
+pub(in super::super) const REMOVE: &str = "dev.ublkimg.remove";
+
+/// The phase after the end of a container.
+pub(in super::super) const POSTSTOP: &str = "poststop";
+
 /// `poststart`: the program counts as ready once it was started, which ends the start of the root's device.
 const READY: &str = "dev.ublkimg.ready";
 
@@ -53,6 +59,11 @@ impl State {
     /// Whether a container that was started counts as ready.
     pub(super) fn is_ready_when_started(&self) -> bool {
         self.annotation(READY) == Some("poststart")
+    }
+
+    /// Whether the root's device was attached for this container alone.
+    pub(super) fn takes_root_along(&self) -> bool {
+        self.annotation(REMOVE) == Some(POSTSTOP)
     }
 
     fn annotation(&self, key: &str) -> Option<&str> {
