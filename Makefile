@@ -20,7 +20,7 @@ SIMULATION_SEEDS := 2000
 N := 500
 MINUTES := 60
 
-.PHONY: simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
+.PHONY: deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -56,6 +56,10 @@ debian-images: deps ## images made of Debian packages, converted and compared wi
 pictures: programs ## the pictures of the README, from two starts of the scipy image made for them
 	@bench/starts/prepare.sh $(BIN)
 	@bench/starts/pictures.sh $(BIN) $(STARTS_FLAGS)
+
+deb: deps ## a Debian package of the program, in target/package
+	cargo build --locked --release --target $(TRIPLE) -p ublkimg
+	@packaging/deb.sh $(dir $(BIN))release/ublkimg target/package
 
 docs: programs ## man pages and shell completions, in target/docs
 	$(BIN)/ublkimg docs target/docs
