@@ -4,7 +4,7 @@
 //! store. What the name meant is kept too ([`crate::store::names`]): a later `add` needs no registry.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use ublkimg_image::Sha256;
@@ -20,9 +20,9 @@ use ublkimg_registry::Location;
 /// How often it is looked how far it is.
 const POLL: Duration = Duration::from_millis(50);
 
-/// Looks without anything new, each [`POLL`] apart, after which what a profile still lacks is not coming: a fetch that
-/// waits for a registry tells so at its read deadline, which is longer than this.
-const IDLE_POLLS_MAX: u32 = 12_000;
+/// So long after the read deadline what a profile still lacks is not coming: by then every fetch that waits for a registry
+/// has given up.
+const IDLE_MARGIN: Duration = Duration::from_secs(5);
 
 /// How much of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,7 +62,7 @@ pub async fn pull(
     let loaded = attach(store, engine, location, options).await?;
     let fetched = match what {
         Pull::All => whole(&loaded).await,
-        Pull::Profile => followed(location, &loaded).await,
+        Pull::Profile => followed(location, &loaded, options.read_deadline).await,
     };
     loaded.image.detach();
     fetched?;
@@ -93,22 +93,23 @@ async fn whole(loaded: &LoadedImage) -> Result<()> {
     }
 }
 
-async fn followed(location: &Location, loaded: &LoadedImage) -> Result<()> {
+async fn followed(location: &Location, loaded: &LoadedImage, read_deadline: Duration) -> Result<()> {
     let Some(profile) = &loaded.profile else {
         let text =
             format!("{location} has no profile: pull all of it, or make one with `ublkimg record` and `optimize`");
         return Err(Error::new(ErrorKind::NotFound, text));
     };
     let layers: Vec<Sha256> = loaded.manifest.layers.iter().map(|layer| Sha256(layer.digest.0)).collect();
-    let (mut idle, mut before) = (0, 0);
+    let (mut since, mut before) = (Instant::now(), 0);
     loop {
         let missing = missing_blocks(loaded, &layers, &profile.trace);
         if missing == 0 {
             return Ok(());
         }
-        idle = if missing == before { idle + 1 } else { 0 };
-        before = missing;
-        if idle > IDLE_POLLS_MAX {
+        if missing != before {
+            (since, before) = (Instant::now(), missing);
+        }
+        if since.elapsed() > read_deadline.saturating_add(IDLE_MARGIN) {
             let text = format!("{missing} blocks of the profile of {location} could not be fetched: see the log");
             return Err(Error::new(ErrorKind::Unavailable, text));
         }
