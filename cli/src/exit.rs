@@ -79,7 +79,16 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
         }
         line.push_str(&text);
     }
+    if is_refused(error) && !rustix::process::geteuid().is_root() {
+        line.push_str(": run it as root");
+    }
     line
+}
+
+/// Whether the kernel would not let us.
+fn is_refused(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
+    causes.any(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
 }
 
 #[cfg(test)]

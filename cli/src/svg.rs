@@ -242,8 +242,8 @@ fn tick_text(value: f64) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-/// The text for XML; characters that XML cannot hold are left out.
-fn escape(text: &str) -> String {
+/// The text for XML and HTML; characters that XML cannot hold are left out.
+pub(crate) fn escape(text: &str) -> String {
     text.chars().filter(|character| !character.is_control()).fold(String::new(), |mut escaped, character| {
         match character {
             '&' => escaped.push_str("&amp;"),

@@ -1,5 +1,6 @@
 //! `ublkimg status`: one device in detail.
 
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -12,6 +13,9 @@ use super::ls;
 use crate::args::{Global, Status};
 use crate::output;
 
+/// Terminals begin anew at the top of an empty screen (ECMA-48, "CUP" and "ED").
+const CLEARED: &str = "\x1b[H\x1b[2J";
+
 /// What `status --json` prints.
 #[derive(Serialize)]
 struct Detail<'a> {
@@ -23,16 +27,39 @@ struct Detail<'a> {
 pub(super) fn run(global: &Global, command: &Status) -> anyhow::Result<()> {
     let directories = super::directories(global)?;
     let device = find(&directories, &command.target)?;
-    let start = figures(&directories, &device.name)?;
+    show(&directories, command, &device)?;
+    let Some(pause) = command.watch else { return Ok(()) };
+    loop {
+        std::thread::sleep(pause);
+        // By its name: what is mounted where it was mounted may be another one by now.
+        let device = match find(&directories, &device.name) {
+            Err(error) if super::hook::is_not_found(&error) => return Ok(()),
+            other => other?,
+        };
+        if std::io::stdout().is_terminal() && !command.json {
+            output::line(CLEARED)?;
+        }
+        show(&directories, command, &device)?;
+    }
+}
+
+fn show(directories: &Directories, command: &Status, device: &DeviceStatus) -> anyhow::Result<()> {
+    let start = figures(directories, &device.name)?;
     if let Some(path) = &command.events {
-        super::events::write(&directories, &device.name, path)?;
+        super::events::write(directories, &device.name, path)?;
     }
     if command.json {
-        return output::json(&Detail { device: &device, start: &start });
+        return output::json(&Detail { device, start: &start });
     }
+    print(&device_rows(device))?;
+    print_start(&start)
+}
+
+/// What a device has done, one figure a line.
+pub(super) fn device_rows(device: &DeviceStatus) -> Vec<(&'static str, String)> {
     let counters = &device.counters;
     let mounts: Vec<String> = device.mounts.iter().map(|path| path.display().to_string()).collect();
-    for (label, value) in [
+    vec![
         ("name", device.name.clone()),
         ("reference", device.reference.clone()),
         ("manifest", device.manifest.clone()),
@@ -50,10 +77,11 @@ pub(super) fn run(global: &Global, command: &Status) -> anyhow::Result<()> {
         ("stored", output::bytes(device.stored_bytes)),
         ("waiting", device.waiting.as_ref().map_or_else(|| "nobody".to_owned(), waiting)),
         ("verification failures", counters.verification_failures.to_string()),
-    ] {
-        output::line(format!("{label:22}{value}").trim_end())?;
-    }
-    print_start(&start)
+    ]
+}
+
+fn print(rows: &[(&str, String)]) -> anyhow::Result<()> {
+    rows.iter().try_for_each(|(label, value)| output::line(format!("{label:22}{value}").trim_end()))
 }
 
 /// Who waits for the registry, since when and why.
@@ -74,6 +102,11 @@ pub(super) fn figures(directories: &Directories, name: &str) -> anyhow::Result<S
 
 /// Prints what is known of a start, one figure a line.
 pub(super) fn print_start(start: &StartFigures) -> anyhow::Result<()> {
+    print(&start_rows(start))
+}
+
+/// The same, as labels and values.
+pub(super) fn start_rows(start: &StartFigures) -> Vec<(&'static str, String)> {
     let reads = &start.first_reads;
     let profile = start.profile.as_ref().map_or_else(
         || "none".to_owned(),
@@ -98,7 +131,7 @@ pub(super) fn print_start(start: &StartFigures) -> anyhow::Result<()> {
         (None, false) => "none".to_owned(),
     };
     let (present, total) = (output::bytes(start.fill.present_bytes), output::bytes(start.fill.total_bytes));
-    for (label, value) in [
+    vec![
         ("time to ready", start.ready_us.map_or_else(|| "not ready yet".to_owned(), milliseconds)),
         ("lower bound", bound),
         ("first reads", format!("{} hits, {} late hits, {} misses", reads.hits, reads.late_hits, reads.misses)),
@@ -111,10 +144,7 @@ pub(super) fn print_start(start: &StartFigures) -> anyhow::Result<()> {
         ("read-ahead", format!("{} KiB", start.read_ahead_kb)),
         ("recording", recording),
         ("fill", format!("{}, {present} of {total}", fill_name(start.fill.mode))),
-    ] {
-        output::line(format!("{label:22}{value}").trim_end())?;
-    }
-    Ok(())
+    ]
 }
 
 fn fill_name(mode: FillMode) -> &'static str {

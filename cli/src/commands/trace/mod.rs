@@ -5,7 +5,7 @@ mod file;
 mod from_list;
 mod image;
 mod merge;
-mod plot;
+pub(super) mod plot;
 mod pull;
 mod push;
 mod show;

@@ -32,6 +32,11 @@ pub(super) fn run(command: &Plot) -> anyhow::Result<()> {
     super::file::write(&command.output, text.as_bytes())
 }
 
+/// A picture of the events of a start, one JSON object a line.
+pub(in crate::commands) fn of_events(lines: &[u8]) -> anyhow::Result<String> {
+    Ok(waterfall::draw(&events::parse(lines)?))
+}
+
 /// Where a blob is on the vertical axis, in blocks.
 struct Band {
     start: u64,
