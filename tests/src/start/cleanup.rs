@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 /// A mount; gone with the value.
@@ -36,6 +36,20 @@ impl Mount {
         let lower: Vec<_> = lower.iter().map(|path| path.display().to_string()).collect();
         let options = format!("lowerdir={},upperdir={},workdir={}", lower.join(":"), upper.display(), work.display());
         Self::new("overlay", target, "overlay", &options)
+    }
+
+    /// The file system in a file, over a loop device that goes with it.
+    ///
+    /// # Errors
+    ///
+    /// Not root, no loop devices, or no file system of that kind.
+    pub fn loop_device(file: &Path, target: &Path, kind: &str, options: &str) -> Result<Self> {
+        std::fs::create_dir_all(target)?;
+        let mut mount = Command::new("mount");
+        mount.args(["-t", kind, "-o", &format!("loop,{options}")]).arg(file).arg(target);
+        let status = mount.status().context("cannot run mount")?;
+        ensure!(status.success(), "mounting {} ended with {status}", file.display());
+        Ok(Self { target: target.to_owned() })
     }
 
     fn new(source: &str, target: &Path, kind: &str, options: &str) -> Result<Self> {

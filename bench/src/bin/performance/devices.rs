@@ -1,5 +1,6 @@
 //! What many idle devices cost, and the error for one too many.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -45,7 +46,7 @@ pub(crate) fn measure(machine: &Machine, options: &[&str]) -> Result<Vec<Row>> {
     );
     let row = row.with("the first", "MiB", vec![mib(first.memory_bytes)]);
     let ticks = f64::from(u32::try_from(idle.ticks - all.ticks)?);
-    let wakes = f64::from(u32::try_from(idle.wakes - all.wakes)?);
+    let wakes = f64::from(u32::try_from(idle.wakes_since(&all))?);
     println!("one device too many: {error}");
     Ok(vec![
         row,
@@ -62,12 +63,19 @@ struct Spent {
     memory_bytes: u64,
     /// Hundredths of a second.
     ticks: u64,
-    wakes: u64,
+    /// Of each thread.
+    wakes: BTreeMap<u64, u64>,
 }
 
 impl Spent {
+    /// Those of threads that have ended meanwhile are lost.
+    fn wakes_since(&self, earlier: &Self) -> u64 {
+        let before = |thread| earlier.wakes.get(thread).copied().unwrap_or(0);
+        self.wakes.iter().map(|(thread, wakes)| wakes.saturating_sub(before(thread))).sum()
+    }
+
     fn of(host: &Host) -> Result<Self> {
-        let mut spent = Self { memory_bytes: 0, ticks: 0, wakes: 0 };
+        let mut spent = Self { memory_bytes: 0, ticks: 0, wakes: BTreeMap::new() };
         for pid in host.processes()? {
             let dir = Path::new("/proc").join(pid.to_string());
             let line = |file: &str, name: &str| -> Result<u64> {
@@ -84,9 +92,11 @@ impl Spent {
                 spent.ticks += field.parse::<u64>()?;
             }
             for task in std::fs::read_dir(dir.join("task"))? {
-                let status = std::fs::read_to_string(task?.path().join("status"))?;
+                let task = task?;
+                let thread = task.file_name().to_string_lossy().parse()?;
+                let status = std::fs::read_to_string(task.path().join("status"))?;
                 let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-                spent.wakes += line.context("no switches")?.trim().parse::<u64>()?;
+                spent.wakes.insert(thread, line.context("no switches")?.trim().parse()?);
             }
         }
         Ok(spent)

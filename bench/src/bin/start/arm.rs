@@ -17,6 +17,8 @@ pub(crate) enum Arm {
     Hot,
     /// The whole image is in the store, nothing of it in a page cache
     Local,
+    /// The exported image in a file, mounted over a loop device: no ublkimg
+    Loop,
     /// Another command of the image, without a profile
     OtherNone,
     /// Another command of the image, with the profile of the first
@@ -35,6 +37,11 @@ impl Arm {
     pub(crate) fn is_other(self) -> bool {
         matches!(self, Self::OtherNone | Self::OtherWrong)
     }
+
+    /// Whether a daemon of ours serves the image.
+    pub(crate) fn is_served(self) -> bool {
+        !matches!(self, Self::Pull | Self::Loop)
+    }
 }
 
 impl fmt::Display for Arm {
@@ -45,6 +52,7 @@ impl fmt::Display for Arm {
             Self::Trace => "trace only",
             Self::Hot => "hot blob",
             Self::Local => "local",
+            Self::Loop => "loop device",
             Self::OtherNone => "other, no profile",
             Self::OtherWrong => "other, wrong profile",
             Self::Trouble => "hot blob, trouble",

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use ublkimg_tests::start::container::Bundle;
 use ublkimg_tests::start::program::{Attached, Ublkimg};
 
 use crate::figures::{FirstReads, Sample};
+use crate::processor::{self, Spent};
 use crate::workload::{Start, Workload};
 
 /// A start of some seconds; on a guest's processor, over a slow link, a hundred times that.
@@ -24,6 +26,9 @@ const READY_LIMIT: Duration = Duration::from_secs(600);
 
 /// For what the container writes.
 const SCRATCH_MB: u32 = 256;
+
+/// Room for two stores and an exported image.
+const DISK_BYTES: u64 = 3 << 30;
 
 /// Directory of the host with the full store.
 const FULL: &str = "full";
@@ -38,6 +43,8 @@ pub(crate) struct Bench {
     /// Rate in Mbit/s and delay each way in ms.
     pub(crate) link: (u64, u64),
     work: PathBuf,
+    /// The file system that `work` is on, if it has one of its own.
+    _disk: Option<Mount>,
     program: PathBuf,
     transport: String,
     read_ahead_kb: u32,
@@ -53,6 +60,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) transport: &'a str,
     pub(crate) link: (u64, u64),
     pub(crate) read_ahead_kb: u32,
+    /// All that a host has lies on a block device.
+    pub(crate) has_disk: bool,
     /// A host keeps what the one before it found out about the link.
     pub(crate) knows_link: bool,
 }
@@ -60,6 +69,7 @@ pub(crate) struct Setup<'a> {
 impl Bench {
     /// Starts the registry, with the source and the converted images that the workloads need.
     pub(crate) fn new(setup: &Setup<'_>, workloads: &[Workload]) -> Result<Self> {
+        let disk = if setup.has_disk { Some(disk(setup.work)?) } else { None };
         let registry = TestRegistry::start(Config::default())?;
         for Workload { image, .. } in workloads {
             let erofs = setup.images.join("erofs");
@@ -75,6 +85,7 @@ impl Bench {
             metadata,
             link: setup.link,
             work: setup.work.to_owned(),
+            _disk: disk,
             program: setup.program.to_owned(),
             transport: setup.transport.to_owned(),
             read_ahead_kb: setup.read_ahead_kb,
@@ -86,6 +97,19 @@ impl Bench {
     /// The converted image.
     pub(crate) fn image(&self, workload: &Workload) -> String {
         self.registry.reference(workload.image, "v1")
+    }
+
+    /// Where the image lies as one file.
+    pub(crate) fn exported(&self, workload: &Workload) -> PathBuf {
+        self.work.join(format!("{}.erofs", workload.image))
+    }
+
+    /// Writes the image as one file.
+    pub(crate) fn export(&self, workload: &Workload) -> Result<()> {
+        let file = self.exported(workload);
+        let file = file.to_str().context("a path that is not UTF-8")?;
+        self.unshape();
+        self.full_host().ublkimg.call(&["export", &self.image(workload), file]).map(|_stdout| ())
     }
 
     /// Options of an `add` that is recorded as the profiles are.
@@ -145,6 +169,18 @@ impl Bench {
         let ublkimg = Ublkimg { program: self.program.clone(), root: dir.join("store"), run_dir: dir.join("run") };
         Host { bench: self, dir, ublkimg }
     }
+}
+
+/// Puts an empty file system on `work`, on a block device whose data lies beside it.
+fn disk(work: &Path) -> Result<Mount> {
+    let file = work.with_extension("disk");
+    std::fs::File::create(&file)?.set_len(DISK_BYTES)?;
+    let made = Command::new("mkfs.ext4").arg("-q").arg(&file).status().context("cannot run mkfs.ext4")?;
+    ensure!(made.success(), "mkfs.ext4 ended with {made}");
+    let mounted = Mount::loop_device(&file, work, "ext4", "rw");
+    // It stays for as long as it is mounted.
+    std::fs::remove_file(&file)?;
+    mounted
 }
 
 /// The digest of the metadata blob of a converted image: the last of its layers.
@@ -218,6 +254,16 @@ impl Host<'_> {
         self.run(&bundle, &workload.start, &lower, (began, spent), || Ok(()))
     }
 
+    /// A measured start from the exported image, over a loop device.
+    pub(crate) fn mounted(&self, workload: &Workload) -> Result<Sample> {
+        let (bundle, file) = (self.bundle(&workload.start)?, self.bench.exported(workload));
+        self.cold()?;
+        let (began, spent) = (Instant::now(), Spent::so_far()?);
+        let dir = self.dir.join("image");
+        let _mounted = Mount::loop_device(&file, &dir, "erofs", "ro")?;
+        self.run(&bundle, &workload.start, &[&dir], (began, spent), || Ok(()))
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
@@ -244,6 +290,7 @@ impl Host<'_> {
         // While it still runs: to end it takes time too.
         let now = Spent::so_far()?;
         let stats = self.bench.registry.stats();
+        let decode = processor::of_decoding(&self.ublkimg.run_dir)?;
         at_ready()?;
         let first_us = stats.blobs.iter().filter(|(digest, _)| !self.bench.metadata.contains(*digest));
         let first_us = first_us.map(|(_, blob)| blob.first_request_us).min();
@@ -259,6 +306,7 @@ impl Host<'_> {
             duplicate_bytes: stats.duplicate_bytes,
             busy_seconds: now.machine.saturating_sub(spent.machine).as_secs_f64(),
             registry_seconds: now.own.saturating_sub(spent.own).as_secs_f64(),
+            decode_seconds: decode.as_secs_f64(),
             reads: None,
             duplicates: None,
             trouble: None,
@@ -279,39 +327,4 @@ impl Host<'_> {
         self.bench.registry.reset_stats();
         Ok(())
     }
-}
-
-/// Processor time.
-#[derive(Debug, Clone, Copy)]
-struct Spent {
-    /// Of this machine, on anything but idling.
-    machine: Duration,
-    /// Of this process.
-    own: Duration,
-}
-
-impl Spent {
-    fn so_far() -> Result<Self> {
-        let text = std::fs::read_to_string("/proc/stat")?;
-        let fields = numbers(text.lines().next().context("/proc/stat is empty")?);
-        ensure!(fields.len() > 8, "/proc/stat has {} figures", fields.len());
-        // cpu, user, nice, system, idle, iowait, irq, softirq, steal
-        let machine = [1, 2, 3, 6, 7].into_iter().map(|field| fields[field]).sum();
-        let text = std::fs::read_to_string("/proc/self/stat")?;
-        // The name, in parentheses, may hold anything.
-        let fields = numbers(text.rsplit_once(')').context("/proc/self/stat has no name")?.1);
-        ensure!(fields.len() > 12, "/proc/self/stat has {} figures", fields.len());
-        // The state comes first; utime and stime are the twelfth and thirteenth.
-        Ok(Self { machine: ticks(machine)?, own: ticks(fields[11] + fields[12])? })
-    }
-}
-
-/// The words of a line as numbers; what is none is 0.
-fn numbers(line: &str) -> Vec<u64> {
-    line.split_whitespace().map(|word| word.parse().unwrap_or(0)).collect()
-}
-
-/// A time in the kernel's units for processes: hundredths of a second on every architecture.
-fn ticks(count: u64) -> Result<Duration> {
-    Ok(Duration::from_millis(count.checked_mul(10).context("more time than there is")?))
 }

@@ -27,6 +27,8 @@ pub(crate) struct Sample {
     pub(crate) busy_seconds: f64,
     /// Of that: this process, which is the registry and the link.
     pub(crate) registry_seconds: f64,
+    /// Of that: the daemon's threads that verify, decode and store.
+    pub(crate) decode_seconds: f64,
     /// First reads at the device; none after a pull.
     pub(crate) reads: Option<FirstReads>,
     /// Chunks and frames that were fetched a second time, by the daemon's own count.
@@ -99,7 +101,7 @@ pub(crate) struct Packed {
 }
 
 impl Row {
-    fn median(&self, of: impl Fn(&Sample) -> f64) -> f64 {
+    pub(crate) fn median(&self, of: impl Fn(&Sample) -> f64) -> f64 {
         let values: Vec<f64> = self.samples.iter().map(of).collect();
         if values.is_empty() { f64::NAN } else { median(&values) }
     }

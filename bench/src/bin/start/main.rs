@@ -7,6 +7,8 @@ mod arm;
 mod bench;
 mod figures;
 mod limit;
+mod local;
+mod processor;
 mod profile;
 mod trouble;
 mod workload;
@@ -20,6 +22,7 @@ use clap::Parser;
 use arm::Arm;
 use bench::{Bench, Setup};
 use figures::{Claims, Row, Sample, Table};
+use local::Locals;
 use profile::Profile;
 use trouble::Trouble;
 use workload::Workload;
@@ -52,6 +55,10 @@ struct Arguments {
     /// Hosts have used this registry before: each keeps what the one before it found out about the link
     #[arg(long)]
     known_link: bool,
+    /// Stores and exported images lie on a block device, an ext4 file system over a loop device, whose page cache is dropped
+    /// before each start; else wherever `--work` is
+    #[arg(long)]
+    disk: bool,
     /// Nothing else runs on this machine: the processor time that a start took is known, and T* has its term for it
     #[arg(long)]
     alone: bool,
@@ -99,6 +106,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         transport: &arguments.transport,
         link: (arguments.rate_mbit, arguments.rtt_ms / 2),
         read_ahead_kb: arguments.read_ahead_kb,
+        has_disk: arguments.disk,
         knows_link: arguments.known_link,
     };
     let bench = Bench::new(&setup, &workloads)?;
@@ -109,8 +117,10 @@ fn run(arguments: &Arguments) -> Result<()> {
         // What was measured is worth keeping whatever happens next.
         std::fs::write(&arguments.json, serde_json::to_vec_pretty(&rows)?)?;
     }
-    print!("{}\n{}", Table(&rows), Claims(&rows));
+    print!("{}\n{}{}", Table(&rows), Claims(&rows), Locals(&rows));
     println!("JSON: {}", arguments.json.display());
+    // The disk is on it.
+    drop(bench);
     std::fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))
 }
 
@@ -119,6 +129,9 @@ fn measure(arguments: &Arguments, bench: &Bench, workload: &Workload) -> Result<
     eprintln!("start: {}: recording a profile", workload.name);
     let mut profile = Profile::record(bench, workload)?;
     let kept = arguments.json.with_file_name(format!("{}.trace", workload.name));
+    if arguments.arms.contains(&Arm::Loop) {
+        bench.export(workload)?;
+    }
     std::fs::copy(profile.trace_file()?, &kept).with_context(|| format!("cannot write {}", kept.display()))?;
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); arguments.arms.len()];
     for round in 1..=arguments.rounds {
@@ -133,7 +146,7 @@ fn measure(arguments: &Arguments, bench: &Bench, workload: &Workload) -> Result<
                 sample.reads
             );
             samples.push(sample);
-            if let Some(dir) = arguments.events.as_deref().filter(|_| *arm != Arm::Pull) {
+            if let Some(dir) = arguments.events.as_deref().filter(|_| arm.is_served()) {
                 keep_events(bench, dir, workload, *arm)?;
             }
         }
@@ -169,6 +182,7 @@ fn one(bench: &Bench, workload: &Workload, profile: &mut Profile, arm: Arm) -> R
         Arm::Trace => host.start(&image, &["--profile", profile.trace_file()?], start, nothing),
         Arm::Hot | Arm::OtherWrong => host.start(&image, &["--profile", profile.name()], start, nothing),
         Arm::Local => profile.local(bench, workload),
+        Arm::Loop => host.mounted(workload),
         Arm::Trouble => {
             // Its beginning is told by the bytes of this start.
             bench.registry.reset_stats();
