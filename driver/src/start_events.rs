@@ -2,8 +2,9 @@
 //!
 //! Every image keeps its events from the moment at which attaching begins, whether anybody will ask for them or not: a
 //! start cannot be had again. So writing one must cost nothing worth counting. The log is a row of slots that are filled
-//! once: a writer takes the next number and fills that slot, without a lock and without an allocation; no writer meets
-//! another, and a reader sees the slots that are full. What comes after the last slot is counted and not kept.
+//! once: a writer takes the next number and fills that slot, without a lock; no writer meets another, and a reader sees the
+//! slots that are full. The row is made in pages, each by the first who needs it, so that an idle image has none. What comes
+//! after the last slot is counted and not kept.
 //!
 //! All times are microseconds since attaching began. They have 32 bits: what happens after 71 minutes is no longer part of
 //! a start, and is counted as lost too.
@@ -17,6 +18,10 @@ use ublkimg_scheduler::Class;
 
 /// Events that are kept of an image, in 1.8 MiB. The largest start known (vLLM) reads in 27 000 requests.
 pub const START_EVENTS_MAX: usize = 1 << 16;
+
+/// Events that room is made for at a time.
+const PAGE_EVENTS: usize = 256;
+type Page = Box<[OnceLock<StartEvent>; PAGE_EVENTS]>;
 
 /// An event; as JSON, one line of the file that is drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,7 +148,9 @@ pub(crate) struct StartEvents {
     began: Instant,
     /// What the image holds can be fetched.
     fetching_since: OnceLock<Instant>,
-    slots: Box<[OnceLock<StartEvent>]>,
+    /// Most images have few events, so each page is made when its first event comes.
+    pages: Box<[OnceLock<Page>]>,
+    events_max: usize,
     /// Number of the next event, also when there is no slot for it.
     next: AtomicUsize,
 }
@@ -157,8 +164,9 @@ impl Default for StartEvents {
 
 impl StartEvents {
     fn with_room(events_max: usize) -> Self {
-        let slots = (0..events_max).map(|_| OnceLock::new()).collect();
-        Self { began: Instant::now(), fetching_since: OnceLock::new(), slots, next: AtomicUsize::new(0) }
+        let pages = (0..events_max.div_ceil(PAGE_EVENTS)).map(|_| OnceLock::new()).collect();
+        let (began, next) = (Instant::now(), AtomicUsize::new(0));
+        Self { began, fetching_since: OnceLock::new(), pages, events_max, next }
     }
 
     /// When attaching began: zero of all times.
@@ -203,8 +211,10 @@ impl StartEvents {
 
     /// The events so far, in the order in which they were written down, and how many are missing.
     pub(crate) fn all(&self) -> Vec<StartEvent> {
-        let mut events: Vec<StartEvent> = self.slots.iter().filter_map(OnceLock::get).copied().collect();
-        let lost = self.next.load(Ordering::Relaxed).saturating_sub(self.slots.len());
+        let pages = self.pages.iter().filter_map(OnceLock::get);
+        let mut events: Vec<StartEvent> =
+            pages.flat_map(|page| page.iter().filter_map(OnceLock::get)).copied().collect();
+        let lost = self.next.load(Ordering::Relaxed).saturating_sub(self.events_max);
         if lost > 0 {
             events.push(StartEvent::Lost { lost: u32::try_from(lost).unwrap_or(u32::MAX) });
         }
@@ -215,13 +225,16 @@ impl StartEvents {
     fn push(&self, event: Option<StartEvent>) {
         let Some(event) = event else {
             // As if the log were full, which it is from now on.
-            self.next.fetch_max(self.slots.len(), Ordering::Relaxed);
+            self.next.fetch_max(self.events_max, Ordering::Relaxed);
             self.next.fetch_add(1, Ordering::Relaxed);
             return;
         };
-        if let Some(slot) = self.slots.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        if number < self.events_max {
+            let page =
+                self.pages[number / PAGE_EVENTS].get_or_init(|| Box::new([const { OnceLock::new() }; PAGE_EVENTS]));
             // Nobody else has this number.
-            let _ = slot.set(event);
+            let _ = page[number % PAGE_EVENTS].set(event);
         }
     }
 

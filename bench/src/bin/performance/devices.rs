@@ -13,6 +13,8 @@ use crate::rows::{Bar, Row};
 /// The most there can be.
 const DEVICES: u32 = 64;
 const IDLE: Duration = Duration::from_secs(60);
+/// A first run is recorded until nothing new was read for 30 s.
+const SETTLED: Duration = Duration::from_secs(45);
 
 pub(crate) fn measure(machine: &Machine, options: &[&str]) -> Result<Vec<Row>> {
     let (by_tag, _) = machine.load("sample")?;
@@ -29,8 +31,8 @@ pub(crate) fn measure(machine: &Machine, options: &[&str]) -> Result<Vec<Row>> {
     for number in 2..=DEVICES {
         read(number)?;
     }
-    // What was read goes, what serves stays; buffers that are no longer used are given back.
-    std::thread::sleep(Duration::from_secs(15));
+    // What was read goes, what serves stays; buffers that are no longer used are given back, and the recordings of the first runs end.
+    std::thread::sleep(SETTLED);
     Machine::drop_caches()?;
     let all = Spent::of(&host)?;
     std::thread::sleep(IDLE);
@@ -46,7 +48,9 @@ pub(crate) fn measure(machine: &Machine, options: &[&str]) -> Result<Vec<Row>> {
     );
     let row = row.with("the first", "MiB", vec![mib(first.memory_bytes)]);
     let ticks = f64::from(u32::try_from(idle.ticks - all.ticks)?);
-    let wakes = f64::from(u32::try_from(idle.wakes_since(&all))?);
+    let wakes = idle.wakes_since(&all);
+    println!("threads that woke up in a minute: {wakes:?}");
+    let wakes = f64::from(u32::try_from(wakes.values().sum::<u64>())?);
     println!("one device too many: {error}");
     Ok(vec![
         row,
@@ -63,15 +67,22 @@ struct Spent {
     memory_bytes: u64,
     /// Hundredths of a second.
     ticks: u64,
-    /// Of each thread.
-    wakes: BTreeMap<u64, u64>,
+    /// Of each thread, with its name.
+    wakes: BTreeMap<u64, (String, u64)>,
 }
 
 impl Spent {
-    /// Those of threads that have ended meanwhile are lost.
-    fn wakes_since(&self, earlier: &Self) -> u64 {
-        let before = |thread| earlier.wakes.get(thread).copied().unwrap_or(0);
-        self.wakes.iter().map(|(thread, wakes)| wakes.saturating_sub(before(thread))).sum()
+    /// By names of threads, without numbers. Those of threads that have ended meanwhile are lost.
+    fn wakes_since(&self, earlier: &Self) -> BTreeMap<String, u64> {
+        let mut all = BTreeMap::new();
+        for (thread, (name, wakes)) in &self.wakes {
+            let before = earlier.wakes.get(thread).map_or(0, |(_, wakes)| *wakes);
+            if *wakes > before {
+                *all.entry(name.trim_end_matches(|letter: char| letter.is_ascii_digit()).to_owned()).or_default() +=
+                    wakes - before;
+            }
+        }
+        all
     }
 
     fn of(host: &Host) -> Result<Self> {
@@ -96,7 +107,9 @@ impl Spent {
                 let thread = task.file_name().to_string_lossy().parse()?;
                 let status = std::fs::read_to_string(task.path().join("status"))?;
                 let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-                spent.wakes.insert(thread, line.context("no switches")?.trim().parse()?);
+                let name =
+                    status.lines().find_map(|line| line.strip_prefix("Name:")).unwrap_or_default().trim().to_owned();
+                spent.wakes.insert(thread, (name, line.context("no switches")?.trim().parse()?));
             }
         }
         Ok(spent)
