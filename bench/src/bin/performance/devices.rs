@@ -13,8 +13,8 @@ use crate::rows::{Bar, Row};
 /// The most there can be.
 const DEVICES: u32 = 64;
 const IDLE: Duration = Duration::from_secs(60);
-/// A first run is recorded until nothing new was read for 30 s.
-const SETTLED: Duration = Duration::from_secs(45);
+/// A first run is recorded until nothing new was read for 30 s; connections that nobody uses are closed after 90 s.
+const SETTLED: Duration = Duration::from_secs(110);
 
 pub(crate) fn measure(machine: &Machine, options: &[&str]) -> Result<Vec<Row>> {
     let (by_tag, _) = machine.load("sample")?;
@@ -31,7 +31,7 @@ pub(crate) fn measure(machine: &Machine, options: &[&str]) -> Result<Vec<Row>> {
     for number in 2..=DEVICES {
         read(number)?;
     }
-    // What was read goes, what serves stays; buffers that are no longer used are given back, and the recordings of the first runs end.
+    // What was read goes, what serves stays; buffers that are no longer used are given back, and recordings and connections end.
     std::thread::sleep(SETTLED);
     Machine::drop_caches()?;
     let all = Spent::of(&host)?;

@@ -27,8 +27,8 @@ const READY_LIMIT: Duration = Duration::from_secs(600);
 /// For what the container writes.
 const SCRATCH_MB: u32 = 256;
 
-/// Room for two stores and an exported image.
-const DISK_BYTES: u64 = 3 << 30;
+/// Room for two stores and an exported image, and for what daemons leave free; the file is sparse.
+const DISK_BYTES: u64 = 16 << 30;
 
 /// Directory of the host with the full store.
 const FULL: &str = "full";
