@@ -33,17 +33,30 @@ impl DockerRegistry {
     ///
     /// It does not start, or does not answer in time.
     pub fn start(dir: &Path) -> anyhow::Result<Self> {
-        let mut outcome = Self::start_once(dir);
+        Self::start_with(dir, "")
+    }
+
+    /// The same as a pull-through cache of another registry.
+    ///
+    /// # Errors
+    ///
+    /// As [`DockerRegistry::start`].
+    pub fn start_cache(dir: &Path, of: SocketAddr) -> anyhow::Result<Self> {
+        Self::start_with(dir, &format!("proxy: {{remoteurl: 'http://{of}'}}\n"))
+    }
+
+    fn start_with(dir: &Path, more: &str) -> anyhow::Result<Self> {
+        let mut outcome = Self::start_once(dir, more);
         for _ in 1..ATTEMPTS {
             if outcome.is_ok() {
                 break;
             }
-            outcome = Self::start_once(dir);
+            outcome = Self::start_once(dir, more);
         }
         outcome
     }
 
-    fn start_once(dir: &Path) -> anyhow::Result<Self> {
+    fn start_once(dir: &Path, more: &str) -> anyhow::Result<Self> {
         let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let config = dir.join("docker-registry.yml");
         let data = dir.join("docker-registry");
@@ -51,7 +64,7 @@ impl DockerRegistry {
             &config,
             format!(
                 "version: 0.1\nlog: {{level: warn}}\nhttp: {{addr: '{address}'}}\n\
-                 storage: {{filesystem: {{rootdirectory: '{}'}}, delete: {{enabled: true}}}}\n",
+                 storage: {{filesystem: {{rootdirectory: '{}'}}, delete: {{enabled: true}}}}\n{more}",
                 data.display()
             ),
         )?;
