@@ -156,6 +156,12 @@ fn sizes_come_from_pax_first() {
     let entries = read(&archive.finish()).unwrap();
     assert_eq!(entries.len(), 2);
     assert_eq!(entries[0].1, inner);
+    // The size is the file's, not that of another extension before it (GHSA-3pv8-6f4r-ffg2).
+    let long = b"long-name\0";
+    let between = HeaderBuilder::new(b'L', "././@LongLink").gnu().size(long.len() as u64);
+    let archive = tar().pax(&[("size", b"3")]).entry(between, long).entry(HeaderBuilder::new(b'0', "a"), b"abc");
+    let entries = read(&archive.file("b", b"").finish()).unwrap();
+    assert_eq!((entries.len(), &entries[0].0.path[..], &entries[0].1[..]), (2, &b"long-name"[..], &b"abc"[..]));
     fails(tar().pax(&[("size", b"-1")]).file("a", b""));
     fails(tar().pax(&[("size", b"1e3")]).file("a", b""));
     // Directories and links have no data whatever they say.

@@ -264,20 +264,24 @@ pub(crate) async fn push_image(location: &str, layers: &[StoredLayer]) {
 
 /// Puts an image with these layer blobs and this config at `location`.
 pub(crate) async fn push_layers(location: &str, layers: &[(&str, Vec<u8>)], config: &[u8]) {
-    let repository = repository(location).await;
-    let push = |bytes: Vec<u8>| {
-        let (repository, digest, size) = (repository.clone(), Digest::of(&bytes), bytes.len() as u64);
-        async move {
-            repository.push_blob(&digest, size, BlobSource::Bytes(bytes.into()), None).await.unwrap();
-            (digest, size)
-        }
-    };
     let mut descriptors = Vec::new();
     for (media_type, stored) in layers {
-        let (digest, size) = push(stored.clone()).await;
+        let (digest, size) = push_blob(location, stored).await;
         descriptors.push(json!({ "mediaType": media_type, "digest": digest.to_string(), "size": size }));
     }
-    let (digest, size) = push(config.to_vec()).await;
+    push_manifest(location, &descriptors, config).await;
+}
+
+async fn push_blob(location: &str, bytes: &[u8]) -> (Digest, u64) {
+    let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
+    let source = BlobSource::Bytes(bytes.to_vec().into());
+    repository(location).await.push_blob(&digest, size, source, None).await.unwrap();
+    (digest, size)
+}
+
+/// Puts an image with these layers, which need not be there, and this config at `location`.
+pub(crate) async fn push_manifest(location: &str, layers: &[serde_json::Value], config: &[u8]) {
+    let (digest, size) = push_blob(location, config).await;
     let manifest = json!({
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
@@ -286,8 +290,9 @@ pub(crate) async fn push_layers(location: &str, layers: &[(&str, Vec<u8>)], conf
             "digest": digest.to_string(),
             "size": size,
         },
-        "layers": descriptors,
+        "layers": layers,
     });
+    let repository = repository(location).await;
     let location: ublkimg_registry::Location = location.parse().unwrap();
     let bytes = manifest.to_string().into_bytes().into();
     repository.push_manifest("application/vnd.oci.image.manifest.v1+json", bytes, location.tag()).await.unwrap();

@@ -5,6 +5,7 @@
 mod archives;
 mod errors;
 mod fixture;
+mod media_types;
 mod optimize;
 mod registry;
 mod same;
