@@ -27,6 +27,10 @@ pub struct ImageCounters {
     pub fetched_chunks: AtomicU64,
     /// Bytes of those on the wire, and of what attaching fetched.
     pub fetched_bytes: AtomicU64,
+    /// Chunks that other blobs of this host had.
+    pub copied_chunks: AtomicU64,
+    /// Raw bytes of those.
+    pub copied_bytes: AtomicU64,
     /// Chunks whose bytes were not what the chunk index promises.
     pub verification_failures: AtomicU64,
     /// Who waits for the registry.
@@ -58,6 +62,12 @@ pub struct ImageStatistics {
     pub fetched_chunks: u64,
     /// Bytes fetched for this image.
     pub fetched_bytes: u64,
+    /// Chunks that other blobs of this host had: nothing of them was fetched.
+    #[serde(default)]
+    pub copied_chunks: u64,
+    /// Raw bytes of those.
+    #[serde(default)]
+    pub copied_bytes: u64,
     /// Chunks that failed verification.
     pub verification_failures: u64,
     /// The requests that read a block for the first time.
@@ -80,6 +90,8 @@ impl ImageCounters {
             registry_requests: load(&self.registry_requests),
             fetched_chunks: load(&self.fetched_chunks),
             fetched_bytes: load(&self.fetched_bytes),
+            copied_chunks: load(&self.copied_chunks),
+            copied_bytes: load(&self.copied_bytes),
             verification_failures: load(&self.verification_failures),
             first_reads: FirstReadStatistics::default(),
         }

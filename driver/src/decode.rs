@@ -1,11 +1,12 @@
-//! The last step of a fetch: verify, decode, store, tell the engine.
+//! The last step of a fetch: verify, decode, store, tell the engine. A chunk that another blob has ([`Content::Copy`])
+//! is read there instead, and compared with its sums.
 //!
 //! These are the only threads that may block on the disk, and what they do costs processor time, so there are few of
 //! them, and a demanded chunk goes before others. A stored frame is checked against its digest before
 //! anything looks at it, and decoded into exactly the bytes that the chunk index promises.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -16,8 +17,8 @@ use ublkimg_image::{BLOCK_SIZE, CHUNK_BYTES, Chunk, Sha256};
 use ublkimg_scheduler::{BlobKind, ChunkKey, Class};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::fetch::{Outcome, Progress, Source, name_of, tell};
-use crate::store::BlobFile;
+use crate::fetch::{CopyJob, Order, Outcome, Progress, Source, name_of, tell};
+use crate::store::{BlobFile, ChunkPlace, Store};
 
 /// Threads, if the machine has as many processors. A core verifies and decodes some 300 MB/s.
 const THREADS_MAX: usize = 4;
@@ -35,15 +36,33 @@ const TELLING_BYTES: u64 = 64 << 10;
 /// What a chunk counts for at least: it bounds their number.
 const COST_KIB_MIN: u32 = 16;
 
-/// A chunk that has arrived.
+/// Where the blocks of a chunk come from.
+#[derive(Debug)]
+pub(crate) enum Content {
+    /// From its frame, which has arrived.
+    Stored(Bytes),
+    /// From another blob; `order`, of this chunk, is given back if it is not there.
+    Copy { place: ChunkPlace, order: Order },
+}
+
+/// A chunk that has arrived, or is to be copied.
 #[derive(Debug)]
 pub(crate) struct DecodeJob {
     pub(crate) chunk: ChunkKey,
     pub(crate) class: Class,
     pub(crate) kind: BlobKind,
-    pub(crate) stored: Bytes,
+    pub(crate) content: Content,
     pub(crate) file: Arc<BlobFile>,
     pub(crate) source: Arc<Source>,
+}
+
+impl DecodeJob {
+    pub(crate) fn copy(job: CopyJob) -> Self {
+        let CopyJob { order, place, file, source } = job;
+        let chunk = ChunkKey { blob: order.blob, chunk: order.chunks.start };
+        let (class, kind) = (order.class, BlobKind::Layer);
+        Self { chunk, class, kind, content: Content::Copy { place, order }, file, source }
+    }
 }
 
 /// A job and its share of the bound; the share is given back with it.
@@ -76,8 +95,12 @@ impl DecodeQueue {
             Class::Demand => &self.demand,
             Class::Trace | Class::ReadAhead | Class::Fill => &self.ahead,
         };
+        let len_bytes = match &job.content {
+            Content::Stored(stored) => stored.len(),
+            Content::Copy { .. } => 0,
+        };
         // The index bounds a stored chunk to 260 KiB.
-        let cost_kib = u32::try_from(job.stored.len().div_ceil(1024)).unwrap_or(u32::MAX).max(COST_KIB_MIN);
+        let cost_kib = u32::try_from(len_bytes.div_ceil(1024)).unwrap_or(u32::MAX).max(COST_KIB_MIN);
         let Ok(share) = Arc::clone(&lane.room_kib).acquire_many_owned(cost_kib).await else { return false };
         // Who has a share has a place.
         lane.jobs.try_send((job, share)).is_ok()
@@ -93,14 +116,15 @@ pub(crate) struct Decoders {
 
 impl Decoders {
     /// Starts the threads. They end when every queue handle is dropped.
-    pub(crate) fn start(progress: &Sender<Progress>) -> Result<Self> {
+    pub(crate) fn start(progress: &Sender<Progress>, store: &Weak<Store>) -> Result<Self> {
         let (demand, demanded) = Lane::new(UNDECODED_DEMAND_KIB_MAX);
         let (ahead, fetched_ahead) = Lane::new(UNDECODED_KIB_MAX);
         let mut threads = Vec::new();
         for _ in 0..thread_count() {
-            let (demanded, ahead, progress) = (demanded.clone(), fetched_ahead.clone(), progress.clone());
+            let (demanded, ahead) = (demanded.clone(), fetched_ahead.clone());
+            let (progress, store) = (progress.clone(), Weak::clone(store));
             let thread = std::thread::Builder::new().name("decode".to_owned());
-            let thread = thread.spawn(move || decode_loop(&demanded, &ahead, &progress));
+            let thread = thread.spawn(move || decode_loop(&demanded, &ahead, &progress, &store));
             threads.push(thread.map_err(|error| Error::io("start a decoder thread", error))?);
         }
         Ok(Self { queue: DecodeQueue { demand, ahead }, threads })
@@ -126,7 +150,12 @@ pub(crate) fn thread_count() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX)
 }
 
-fn decode_loop(demanded: &Receiver<Accepted>, ahead: &Receiver<Accepted>, progress: &Sender<Progress>) {
+fn decode_loop(
+    demanded: &Receiver<Accepted>,
+    ahead: &Receiver<Accepted>,
+    progress: &Sender<Progress>,
+    store: &Weak<Store>,
+) {
     let mut decoder = zstd::bulk::Decompressor::new();
     let mut raw = Vec::with_capacity(usize::try_from(CHUNK_BYTES).unwrap_or(0));
     loop {
@@ -143,27 +172,37 @@ fn decode_loop(demanded: &Receiver<Accepted>, ahead: &Receiver<Accepted>, progre
             tell(progress, Progress::Ended { chunk: job.chunk, outcome: Outcome::Failed(libc::EIO) });
             continue;
         };
-        end(job, decoder, &mut raw, progress);
+        end(job, decoder, &mut raw, progress, store);
         drop(share);
     }
 }
 
-/// Stores a chunk that has arrived, and only then tells what became of it: who is woken finds it there.
+/// Stores a chunk that has arrived or is to be copied, and only then tells what became of it: who is woken finds it there.
 pub(crate) fn end(
     job: DecodeJob,
     decoder: &mut zstd::bulk::Decompressor<'_>,
     raw: &mut Vec<u8>,
     progress: &Sender<Progress>,
+    store: &Weak<Store>,
 ) {
     let chunk = job.chunk;
-    let outcome = outcome(&job, decoder, raw);
+    let news = match &job.content {
+        Content::Stored(stored) => {
+            let stored = store_chunk(&job, stored, decoder, raw);
+            let outcome = stored.map_or_else(|error| failure(&job, &error), |()| Outcome::Stored);
+            Progress::Ended { chunk, outcome }
+        }
+        Content::Copy { place, .. } if is_copied(&job, place, store, raw) => {
+            Progress::Ended { chunk, outcome: Outcome::Stored }
+        }
+        Content::Copy { order, .. } => Progress::Again(order.clone()),
+    };
     // Its bytes are not needed any more.
     drop(job);
-    tell(progress, Progress::Ended { chunk, outcome });
+    tell(progress, news);
 }
 
-fn outcome(job: &DecodeJob, decoder: &mut zstd::bulk::Decompressor<'_>, raw: &mut Vec<u8>) -> Outcome {
-    let Err(error) = store_chunk(job, decoder, raw) else { return Outcome::Stored };
+fn failure(job: &DecodeJob, error: &Error) -> Outcome {
     let (what, chunk) = (name_of(job.kind), job.chunk.chunk);
     tracing::error!("fetch: blob {} {what} {chunk}: {}", job.source.blob, error.chain());
     match error.kind() {
@@ -172,24 +211,65 @@ fn outcome(job: &DecodeJob, decoder: &mut zstd::bulk::Decompressor<'_>, raw: &mu
     }
 }
 
-fn store_chunk(job: &DecodeJob, decoder: &mut zstd::bulk::Decompressor<'_>, raw: &mut Vec<u8>) -> Result<()> {
+fn store_chunk(
+    job: &DecodeJob,
+    stored: &[u8],
+    decoder: &mut zstd::bulk::Decompressor<'_>,
+    raw: &mut Vec<u8>,
+) -> Result<()> {
     let chunk = job.source.index.chunk(job.chunk.chunk);
     let counters = &job.source.counters;
     let began = Instant::now();
-    if let Err(error) = decode(&chunk, &job.stored, decoder, raw) {
+    if let Err(error) = decode(&chunk, stored, decoder, raw) {
         counters.verification_failures.fetch_add(1, Ordering::Relaxed);
         return Err(error);
     }
-    let block = u32::try_from(chunk.raw.start / BLOCK_SIZE as u64);
-    let block = block.map_err(|_| Error::new(ErrorKind::Internal, "a chunk beyond 16 TiB"))?;
-    job.file.write(block, raw)?;
+    write(job, &chunk, raw)?;
     if raw.len() as u64 >= TELLING_BYTES {
         let took_us = began.elapsed().as_micros().max(1);
         let bytes_per_s = u64::try_from(raw.len() as u128 * 1_000_000 / took_us).unwrap_or(u64::MAX);
         counters.decode_bytes_per_s.fetch_max(bytes_per_s, Ordering::Relaxed);
     }
     counters.fetched_chunks.fetch_add(1, Ordering::Relaxed);
-    counters.fetched_bytes.fetch_add(job.stored.len() as u64, Ordering::Relaxed);
+    counters.fetched_bytes.fetch_add(stored.len() as u64, Ordering::Relaxed);
+    Ok(())
+}
+
+/// Copies a chunk from another blob if it can be had there; else its place is forgotten.
+fn is_copied(job: &DecodeJob, place: &ChunkPlace, store: &Weak<Store>, raw: &mut Vec<u8>) -> bool {
+    let Some(store) = store.upgrade() else { return false };
+    let chunk = job.source.index.chunk(job.chunk.chunk);
+    let copied = copy_chunk(job, &chunk, place, &store, raw);
+    if let Err(error) = &copied {
+        tracing::warn!("store: chunk {} is fetched though another blob has it: {}", chunk.id.0, error.chain());
+    }
+    let is_copied = copied.unwrap_or(false);
+    if !is_copied {
+        store.chunk_places().forget(chunk.id.0);
+    }
+    is_copied
+}
+
+fn copy_chunk(job: &DecodeJob, chunk: &Chunk, place: &ChunkPlace, store: &Store, raw: &mut Vec<u8>) -> Result<bool> {
+    // An index may lie about the length of a chunk. Its frame is refused then, and what another blob has is no better.
+    if place.len_bytes() != chunk.raw.end - chunk.raw.start || !store.read_chunk(place, raw)? {
+        return Ok(false);
+    }
+    write(job, chunk, raw)?;
+    let counters = &job.source.counters;
+    counters.copied_chunks.fetch_add(1, Ordering::Relaxed);
+    counters.copied_bytes.fetch_add(raw.len() as u64, Ordering::Relaxed);
+    Ok(true)
+}
+
+/// Keeps the blocks of a chunk.
+fn write(job: &DecodeJob, chunk: &Chunk, raw: &[u8]) -> Result<()> {
+    let block = u32::try_from(chunk.raw.start / BLOCK_SIZE as u64);
+    let block = block.map_err(|_| Error::new(ErrorKind::Internal, "a chunk beyond 16 TiB"))?;
+    job.file.write(block, raw)?;
+    if job.kind == BlobKind::Layer {
+        job.file.note_chunk(chunk.id.0, &chunk.raw);
+    }
     Ok(())
 }
 

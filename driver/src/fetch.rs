@@ -15,8 +15,8 @@
 //! answer, and [`crate::decode`] bounds what has arrived.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -28,11 +28,11 @@ use ublkimg_registry::{Digest, ErrorKind as RegistryErrorKind, Repository};
 use ublkimg_scheduler::{BlobKey, BlobKind, ChunkKey, Class, FetchKey};
 
 use crate::counters::ImageCounters;
-use crate::decode::{DecodeJob, DecodeQueue, Decoders};
+use crate::decode::{Content, DecodeJob, DecodeQueue, Decoders};
 use crate::error::{Error, Result};
 use crate::outage::{SILENCE_MIN, Wait};
 use crate::start_events::Get;
-use crate::store::BlobFile;
+use crate::store::{BlobFile, ChunkPlace, Store};
 
 /// News that wait for the engine. It takes microseconds for each; who finds no room waits for it.
 pub(crate) const PROGRESS_MAX: usize = 1024;
@@ -85,6 +85,15 @@ pub(crate) struct FetchJob {
     pub(crate) sources: Vec<Arc<Source>>,
 }
 
+/// An order of one chunk that another blob has.
+#[derive(Debug)]
+pub(crate) struct CopyJob {
+    pub(crate) order: Order,
+    pub(crate) place: ChunkPlace,
+    pub(crate) file: Arc<BlobFile>,
+    pub(crate) source: Arc<Source>,
+}
+
 /// News of an order.
 #[derive(Debug)]
 pub(crate) enum Progress {
@@ -94,8 +103,9 @@ pub(crate) enum Progress {
     Arrived(ChunkKey),
     /// The last news of a chunk.
     Ended { chunk: ChunkKey, outcome: Outcome },
-    /// The images that it was fetched for were removed; these chunks did not arrive.
-    Abandoned(Order),
+    /// These chunks did not arrive: the images that they were fetched for were removed, or they are not where they were
+    /// to be copied from.
+    Again(Order),
 }
 
 /// What became of a chunk.
@@ -119,7 +129,7 @@ pub(crate) struct Fetcher {
 
 impl Fetcher {
     /// Starts the threads. `progress` has room for [`PROGRESS_MAX`].
-    pub(crate) fn start(progress: Sender<Progress>) -> Result<Self> {
+    pub(crate) fn start(progress: Sender<Progress>, store: &Weak<Store>) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(NETWORK_THREADS)
             .max_blocking_threads(BLOCKING_THREADS_MAX)
@@ -127,7 +137,7 @@ impl Fetcher {
             .enable_all()
             .build()
             .map_err(|error| Error::io("start the network threads", error))?;
-        let decoders = Decoders::start(&progress)?;
+        let decoders = Decoders::start(&progress, store)?;
         Ok(Self { runtime, decoders, progress })
     }
 
@@ -178,6 +188,20 @@ impl Spawner {
             download.finish(outcome);
         });
     }
+
+    /// Starts a copy; never blocks.
+    pub(crate) fn copy(&self, job: CopyJob) {
+        let (decoders, progress) = (self.decoders.clone(), self.progress.clone());
+        self.runtime.spawn(async move { hand_over(&decoders, DecodeJob::copy(job), &progress).await });
+    }
+}
+
+/// Gives a job to the decoders, when there is room.
+async fn hand_over(decoders: &DecodeQueue, job: DecodeJob, progress: &Sender<Progress>) {
+    let chunk = job.chunk;
+    if !decoders.push(job).await {
+        tell(progress, Progress::Ended { chunk, outcome: Outcome::Failed(libc::EIO) });
+    }
 }
 
 /// An order under way. Its chunks are those that did not arrive yet.
@@ -208,7 +232,7 @@ impl Download {
         let order = self.job.order;
         match outcome {
             None if order.chunks.is_empty() => {}
-            None => tell(&self.progress, Progress::Abandoned(order)),
+            None => tell(&self.progress, Progress::Again(order)),
             Some(outcome) => {
                 for chunk in order.chunks.map(|chunk| ChunkKey { blob: order.blob, chunk }) {
                     tell(&self.progress, Progress::Ended { chunk, outcome });
@@ -331,10 +355,9 @@ impl Download {
             let chunk = ChunkKey { blob: self.job.order.blob, chunk: index };
             tell(&self.progress, Progress::Arrived(chunk));
             let (file, source) = (Arc::clone(&self.job.file), Arc::clone(source));
-            let job = DecodeJob { chunk, class: self.job.order.class, kind: self.job.kind, stored, file, source };
-            if !self.decoders.push(job).await {
-                tell(&self.progress, Progress::Ended { chunk, outcome: Outcome::Failed(libc::EIO) });
-            }
+            let content = Content::Stored(stored);
+            let job = DecodeJob { chunk, class: self.job.order.class, kind: self.job.kind, content, file, source };
+            hand_over(&self.decoders, job, &self.progress).await;
         }
     }
 

@@ -36,6 +36,27 @@ impl LayerContent {
         let raw = (0..len_bytes / 8).flat_map(|_| word()).collect();
         Self { raw, chunk_blocks: chunk_blocks.to_vec() }
     }
+
+    /// Chunks one after another, each of whole blocks.
+    pub(crate) fn of_chunks(chunks: &[&[u8]]) -> Self {
+        let chunk_blocks = chunks.iter().map(|chunk| chunk.len() / BLOCK_SIZE).collect();
+        Self { raw: chunks.concat(), chunk_blocks }
+    }
+
+    /// The bytes of each chunk.
+    pub(crate) fn chunks(&self) -> Vec<&[u8]> {
+        let mut rest = &self.raw[..];
+        let mut next = |blocks: &usize| {
+            let (chunk, others) = rest.split_at(blocks * BLOCK_SIZE);
+            rest = others;
+            chunk
+        };
+        self.chunk_blocks.iter().map(&mut next).collect()
+    }
+
+    fn frames(&self) -> Vec<Frame> {
+        self.chunks().into_iter().map(Frame::new).collect()
+    }
 }
 
 /// An image before it is pushed, to be spoilt by tests.
@@ -48,18 +69,32 @@ pub(crate) struct Image {
     pub(crate) layer_starts: Vec<u32>,
 }
 
+/// A stored frame and what a chunk index says of it.
+pub(crate) struct Frame {
+    pub(crate) stored: Vec<u8>,
+    pub(crate) raw_len_bytes: u64,
+    pub(crate) name: Sha256,
+}
+
+impl Frame {
+    pub(crate) fn new(raw: &[u8]) -> Self {
+        let stored = zstd::bulk::compress(raw, 1).unwrap();
+        Self { name: Sha256::of(&stored), stored, raw_len_bytes: raw.len() as u64 }
+    }
+}
+
 /// A layer blob and what the bundle says of it.
 pub(crate) fn layer_blob(content: &LayerContent) -> (Vec<u8>, BundledLayer) {
+    blob_of_frames(&content.frames())
+}
+
+fn blob_of_frames(frames: &[Frame]) -> (Vec<u8>, BundledLayer) {
     let record = MergeRecord { metadata_blocks: 1, ..MergeRecord::default() };
     let mut blob = skippable(SkippableKind::Ublkimg, &record.encode().unwrap()).unwrap();
     let mut index = ChunkIndexBuilder::new(blob.len() as u64);
-    let mut at = 0;
-    for blocks in &content.chunk_blocks {
-        let raw = &content.raw[at..at + blocks * BLOCK_SIZE];
-        let frame = zstd::bulk::compress(raw, 1).unwrap();
-        index.push(frame.len() as u64, raw.len() as u64, ChunkId(Sha256::of(&frame))).unwrap();
-        blob.extend(frame);
-        at += raw.len();
+    for frame in frames {
+        index.push(frame.stored.len() as u64, frame.raw_len_bytes, ChunkId(frame.name)).unwrap();
+        blob.extend(&frame.stored);
     }
     let index = index.finish();
     blob.extend(skippable(SkippableKind::ChunkIndex, &index.encode()).unwrap());
@@ -90,6 +125,11 @@ impl Image {
             bundled.digest = Sha256(layer.digest.0);
         }
         Self::of_blobs(layers, built)
+    }
+
+    /// An image of one layer with these frames, true or not, that claims to be `content`.
+    pub(crate) fn of_frames(content: LayerContent, frames: &[Frame]) -> Self {
+        Self::of_blobs(&[content], vec![blob_of_frames(frames)])
     }
 
     fn of_blobs(layers: &[LayerContent], built: Vec<(Vec<u8>, BundledLayer)>) -> Self {

@@ -15,6 +15,7 @@ pub mod first_reads;
 mod fixture;
 mod hot;
 pub mod image;
+mod kept_chunks;
 pub mod kernel;
 mod memory;
 pub mod mounts;
@@ -30,6 +31,8 @@ pub mod pull;
 #[cfg(test)]
 mod random;
 mod recorder;
+#[cfg(test)]
+mod shared_chunks_tests;
 pub mod start_events;
 pub mod store;
 #[cfg(test)]
@@ -42,5 +45,6 @@ pub use engine::{Engine, ImageReport};
 pub use error::{Error, ErrorKind, Result};
 pub use first_reads::{DeviceRead, FirstReadStatistics, Waited};
 pub use image::{PrefetchReport, ServedImage};
+pub use kept_chunks::learn as learn_kept_chunks;
 pub use outage::Waiting;
 pub use store::Store;

@@ -44,11 +44,11 @@ impl Rig {
     fn with_deadline(auth: Auth, read_deadline: Duration) -> Self {
         let dirs = [(); 2].map(|()| tempfile::tempdir().unwrap());
         let registry = TestRegistry::start(Config { auth, ..Config::default() }).unwrap();
-        let engine = Engine::start().unwrap();
+        let store = Arc::new(Store::open(dirs[1].path()).unwrap());
+        let engine = Engine::start(&store).unwrap();
         let image = Image::new(&[LayerContent::new(5, &[64, 64])]);
         engine.runtime().block_on(image.push(dirs[0].path(), "v1"));
         registry.load_layout(dirs[0].path(), Some("v1"), "app", "v1").unwrap();
-        let store = Arc::new(Store::open(dirs[1].path()).unwrap());
         let location: Location = registry.reference("app", "v1").parse().unwrap();
         let short = Duration::from_millis(700);
         let client = ClientOptions {

@@ -34,11 +34,12 @@ impl Rig {
 
     fn over(link: LinkConfig) -> Self {
         let root = tempfile::tempdir().unwrap();
+        let store = Arc::new(Store::open(root.path()).unwrap());
         Self {
             registry: TestRegistry::start(Config { link, ..Config::default() }).unwrap(),
-            store: Arc::new(Store::open(root.path()).unwrap()),
+            engine: Engine::start(&store).unwrap(),
+            store,
             root,
-            engine: Engine::start().unwrap(),
             options: AttachOptions::default(),
         }
     }
@@ -388,7 +389,8 @@ fn a_restart_goes_on_with_the_profile_and_needs_no_registry() {
     engine.stop();
     drop(store);
     registry.reset_stats();
-    let (store, engine) = (Arc::new(Store::open(root.path()).unwrap()), Engine::start().unwrap());
+    let store = Arc::new(Store::open(root.path()).unwrap());
+    let engine = Engine::start(&store).unwrap();
     let reopened = reopen(&store, &engine, &location, digest, Some(&kept), &options);
     let loaded = engine.runtime().block_on(reopened).unwrap();
     for entry in READS {

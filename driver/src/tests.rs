@@ -17,31 +17,32 @@ use crate::image::{Plan, Readiness};
 use crate::{AttachOptions, Engine, ErrorKind, LoadedImage, Result, Store, attach, reopen};
 
 /// A registry directory and a driver.
-struct Rig {
+pub(crate) struct Rig {
     registry: TempDir,
-    root: TempDir,
-    store: Arc<Store>,
-    engine: Engine,
+    pub(crate) root: TempDir,
+    pub(crate) store: Arc<Store>,
+    pub(crate) engine: Engine,
     options: AttachOptions,
 }
 
 impl Rig {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let root = tempfile::tempdir().unwrap();
+        let store = Arc::new(Store::open(root.path()).unwrap());
         Self {
             registry: tempfile::tempdir().unwrap(),
-            store: Arc::new(Store::open(root.path()).unwrap()),
+            engine: Engine::start(&store).unwrap(),
+            store,
             root,
-            engine: Engine::start().unwrap(),
             options: AttachOptions::default(),
         }
     }
 
-    fn push(&self, image: &Image, tag: &str) -> Location {
+    pub(crate) fn push(&self, image: &Image, tag: &str) -> Location {
         self.engine.runtime().block_on(image.push(self.registry.path(), tag))
     }
 
-    fn attach(&self, location: &Location) -> Result<LoadedImage> {
+    pub(crate) fn attach(&self, location: &Location) -> Result<LoadedImage> {
         self.engine.runtime().block_on(attach(&self.store, &self.engine, location, &self.options))
     }
 
@@ -50,12 +51,13 @@ impl Rig {
     }
 
     /// Ends the processes and starts them again on the same store.
-    fn restart(self) -> Self {
+    pub(crate) fn restart(self) -> Self {
         let Self { registry, root, store, engine, options } = self;
         engine.stop();
         drop(store);
         let store = Arc::new(Store::open(root.path()).unwrap());
-        Self { registry, root, store, engine: Engine::start().unwrap(), options }
+        let engine = Engine::start(&store).unwrap();
+        Self { registry, root, store, engine, options }
     }
 }
 
@@ -67,7 +69,7 @@ fn blocks(image: &Image, start: usize, len: usize) -> &[u8] {
     &image.device[start * BLOCK_SIZE..(start + len) * BLOCK_SIZE]
 }
 
-fn device_blocks(image: &Image) -> u32 {
+pub(crate) fn device_blocks(image: &Image) -> u32 {
     u32::try_from(image.device.len() / BLOCK_SIZE).unwrap()
 }
 

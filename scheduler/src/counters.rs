@@ -34,6 +34,8 @@ pub struct Counters {
     pub failed: u64,
     /// Hot frames that were withdrawn.
     pub withdrawn: u64,
+    /// Chunks that were issued and then found on this host; they are taken off the counts above.
+    pub local: u64,
     /// Fetches of a chunk that was under way or present: always 0.
     pub duplicates: u64,
 }
@@ -41,13 +43,29 @@ pub struct Counters {
 impl Counters {
     pub(crate) fn issued(&mut self, class: Class, chunks: u64, bytes: u64) {
         self.requests += 1;
-        let (count, sum) = match class {
-            Class::Demand => return,
-            Class::Trace => (&mut self.trace, &mut self.trace_bytes),
-            Class::ReadAhead => (&mut self.read_ahead, &mut self.read_ahead_bytes),
-            Class::Fill => (&mut self.fill, &mut self.fill_bytes),
-        };
-        *count += chunks;
-        *sum += bytes;
+        if let Some((count, sum)) = self.of(class) {
+            *count += chunks;
+            *sum += bytes;
+        }
+    }
+
+    /// A chunk that was issued needed no fetch; `was_all` of its request.
+    pub(crate) fn took_back(&mut self, class: Class, bytes: u64, was_all: bool) {
+        self.local += 1;
+        self.requests -= u64::from(was_all);
+        if let Some((count, sum)) = self.of(class) {
+            *count -= 1;
+            *sum -= bytes;
+        }
+    }
+
+    /// The counts of chunks and bytes of a class.
+    fn of(&mut self, class: Class) -> Option<(&mut u64, &mut u64)> {
+        match class {
+            Class::Demand => None,
+            Class::Trace => Some((&mut self.trace, &mut self.trace_bytes)),
+            Class::ReadAhead => Some((&mut self.read_ahead, &mut self.read_ahead_bytes)),
+            Class::Fill => Some((&mut self.fill, &mut self.fill_bytes)),
+        }
     }
 }

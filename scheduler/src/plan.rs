@@ -153,6 +153,11 @@ impl Plan {
         self.spent_bytes = self.byte_cap.min(self.spent_bytes + bytes);
     }
 
+    /// Bytes that were spent needed no fetch.
+    pub(crate) fn take_back(&mut self, bytes: u64) {
+        self.spent_bytes = self.spent_bytes.saturating_sub(bytes);
+    }
+
     pub(crate) fn spent_bytes(&self) -> u64 {
         self.spent_bytes
     }

@@ -157,15 +157,31 @@ impl World {
     }
 
     fn arrive(&mut self, which: usize) {
+        if let Some(chunk) = self.leave(which) {
+            self.step(Event::Arrived { chunk });
+        }
+    }
+
+    /// A chunk that was to be fetched turns out to be here.
+    fn find(&mut self, which: usize) {
+        if let Some(chunk) = self.leave(which) {
+            let estimate = self.scheduler.estimate(LINK);
+            self.step(Event::Local { chunk });
+            assert_eq!(self.scheduler.estimate(LINK), estimate, "it says nothing of the link");
+        }
+    }
+
+    /// Takes a chunk off its request.
+    fn leave(&mut self, which: usize) -> Option<ChunkKey> {
         let flying = self.requests.values().filter_map(|request| request.left.first().copied());
         let flying: Vec<ChunkKey> = flying.collect();
-        let Some(&chunk) = which.checked_rem(flying.len()).and_then(|which| flying.get(which)) else { return };
+        let chunk = *flying.get(which.checked_rem(flying.len())?)?;
         self.requests.retain(|_, request| {
             request.left.remove(&chunk);
             !request.left.is_empty()
         });
         self.arrived.insert(chunk);
-        self.step(Event::Arrived { chunk });
+        Some(chunk)
     }
 
     fn end(&mut self, which: usize, well: bool) {
@@ -202,6 +218,7 @@ enum Move {
     Demand(usize, u32, u32),
     Touch(usize, u32, u32),
     Arrive(usize),
+    Find(usize),
     End(usize, bool),
     Wait(u64),
 }
@@ -212,6 +229,7 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         3 => (image(), 0..3_u32, 0..CHUNKS).prop_map(|(image, blob, chunk)| Move::Demand(image, blob, chunk)),
         2 => (image(), 0..3_u32, 0..CHUNKS).prop_map(|(image, blob, chunk)| Move::Touch(image, blob, chunk)),
         8 => any::<usize>().prop_map(Move::Arrive),
+        2 => any::<usize>().prop_map(Move::Find),
         8 => (any::<usize>(), prop::bool::weighted(0.9)).prop_map(|(which, well)| Move::End(which, well)),
         1 => (0..2_000_u64).prop_map(Move::Wait),
         1 => (image(), 0..3_u8).prop_map(|(image, mode)| Move::Fill(image, mode)),
@@ -242,6 +260,7 @@ fn play(moves: &[Move]) -> World {
                 world.step(Event::Touch { image: IMAGES[*image], chunk: key(*blob, *chunk) });
             }
             Move::Arrive(which) => world.arrive(*which),
+            Move::Find(which) => world.find(*which),
             Move::End(which, well) => world.end(*which, *well),
             Move::Wait(wait_ms) => {
                 world.now += Now::from_millis(*wait_ms);

@@ -77,6 +77,7 @@ impl Scheduler {
             Event::Touch { image, chunk } => self.touch(image, chunk, now),
             Event::FirstByte { fetch } => self.first_byte(fetch, now),
             Event::Arrived { chunk } => self.arrived(chunk, now),
+            Event::Local { chunk } => self.local(chunk, now),
             Event::Fetched { chunk } => self.fetched(chunk, now, actions),
             Event::Failed { chunk, errno } => self.failed(chunk, errno, now, actions),
             Event::Withdrawn { chunk } => self.withdrawn(chunk, now, actions),
@@ -265,6 +266,30 @@ impl Scheduler {
         link.left(flight.class, flight.len_bytes, is_over, now);
         if is_over {
             self.flights.requests.remove(&flight.fetch);
+        }
+    }
+
+    /// A chunk needs no link. What its fetch was counted for is given back, also to the cap of a plan.
+    fn local(&mut self, key: ChunkKey, now: Now) {
+        let Some(flight) = self.flights.chunks.get(&key).copied().filter(|flight| !flight.has_arrived) else { return };
+        let request = self.flights.requests.get(&flight.fetch);
+        let was_all = request.is_some_and(|request| request.left == 1 && !request.has_first_byte);
+        self.leave(key, false, now);
+        self.counters.took_back(flight.class, flight.len_bytes, was_all);
+        if let Some(key) = flight.image
+            && let Some(image) = self.images.get_mut(&key)
+        {
+            image.counters.took_back(flight.class, flight.len_bytes, was_all);
+            if let (Class::Trace, Some(plan)) = (flight.class, &mut image.plan) {
+                plan.take_back(flight.len_bytes);
+                // It may have come to its cap.
+                if let Some(link) = self.links.get_mut(&image.link) {
+                    link.plans.add(key);
+                }
+            }
+        }
+        if let Some(chunk) = self.table.chunk_mut(key) {
+            chunk.prefetched = false;
         }
     }
 

@@ -117,6 +117,27 @@ fn a_chunk_that_just_failed_is_not_asked_for_again_at_once() {
 }
 
 #[test]
+fn what_is_found_on_this_host_counts_as_nothing_fetched() {
+    let mut rig = Rig::new(1, 10);
+    rig.step(Event::AddImage { image: IMAGE, link: LINK });
+    let entries: Vec<_> =
+        (0..6).map(|chunk| PlanEntry { chunk: key(0, chunk), due: Now::ZERO, confidence: 255 }).collect();
+    let byte_cap = 3 * u64::from(CHUNK_LEN_BYTES);
+    rig.step(Event::SetPlan { image: IMAGE, entries: &entries, byte_cap });
+    assert!(rig.scheduler.flights.chunks.len() == 3, "as far as the cap goes");
+    for chunk in 0..3 {
+        rig.step(Event::Local { chunk: key(0, chunk) });
+        rig.step(Event::Local { chunk: key(0, chunk) });
+    }
+    assert!((3..6).all(|chunk| rig.scheduler.flights.chunks.contains_key(&key(0, chunk))), "the cap is for the link");
+    let (of_all, of_image) = (rig.scheduler.counters(), rig.scheduler.image_counters(IMAGE).unwrap());
+    assert_eq!((of_all.local, of_all.trace, of_all.trace_bytes), (3, 3, byte_cap));
+    assert_eq!((of_image.plan_bytes, of_image.prefetch_bytes), (byte_cap, byte_cap));
+    assert_eq!(rig.demand(1, &[key(0, 1)]), [], "it is being copied");
+    assert_eq!(rig.step(Event::Fetched { chunk: key(0, 1) }), [wake(1, Ok(()))]);
+}
+
+#[test]
 fn who_joined_a_failed_read_ahead_has_a_fetch_of_its_own() {
     let mut rig = Rig::new(1, 100);
     rig.step(Event::Touch { image: IMAGE, chunk: key(0, 0) });

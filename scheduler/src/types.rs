@@ -170,6 +170,12 @@ pub enum Event<'a> {
         /// The chunk.
         chunk: ChunkKey,
     },
+    /// A chunk that was to be fetched is on this host already, under the same name in another blob: nothing of it comes over
+    /// the link, and it counts for nobody's bytes. It stays under way until one of the next three events.
+    Local {
+        /// The chunk.
+        chunk: ChunkKey,
+    },
     /// A fetch of a chunk ended well: the chunk is in the store.
     Fetched {
         /// The chunk.
@@ -265,12 +271,24 @@ pub struct ImageCounters {
 
 impl ImageCounters {
     pub(crate) fn issued(&mut self, class: Class, bytes: u64) {
-        let (requests, sum) = match class {
-            Class::Demand => (&mut self.demand_requests, &mut self.demand_bytes),
-            Class::Trace | Class::ReadAhead | Class::Fill => (&mut self.prefetch_requests, &mut self.prefetch_bytes),
-        };
+        let (requests, sum) = self.of(class);
         *requests += 1;
         *sum += bytes;
+    }
+
+    /// Bytes that were issued needed no fetch; `was_all` of their request.
+    pub(crate) fn took_back(&mut self, class: Class, bytes: u64, was_all: bool) {
+        let (requests, sum) = self.of(class);
+        *requests -= u64::from(was_all);
+        *sum -= bytes;
+    }
+
+    /// The counts of requests and bytes of a class.
+    fn of(&mut self, class: Class) -> (&mut u64, &mut u64) {
+        match class {
+            Class::Demand => (&mut self.demand_requests, &mut self.demand_bytes),
+            Class::Trace | Class::ReadAhead | Class::Fill => (&mut self.prefetch_requests, &mut self.prefetch_bytes),
+        }
     }
 }
 

@@ -103,6 +103,11 @@ fn of_reads(page: &mut Page, devices: &[DeviceStatus]) {
         "Bytes that came from registries.",
         of(|device| device.counters.fetched_bytes),
     );
+    page.counter(
+        "ublkimg_copied_bytes_total",
+        "Raw bytes that other images of this host had.",
+        of(|device| device.counters.copied_bytes),
+    );
     let help = "Chunks that were not what their digest says.";
     page.counter("ublkimg_verification_failures_total", help, of(|device| device.counters.verification_failures));
     let stall = devices.iter().map(|device| (name_of(device), seconds(device.counters.first_reads.stall_us)));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ublkimg_driver::daemon::protocol::{Answer, PullRequest, Request, StartOptions};
 use ublkimg_driver::daemon::{client, pull_here};
 use ublkimg_driver::pull::{Pull as What, Pulled};
-use ublkimg_driver::{Engine, Store};
+use ublkimg_driver::{Engine, Store, learn_kept_chunks};
 
 use super::add;
 use crate::args::Global;
@@ -52,7 +52,8 @@ fn pull(global: &Global, request: &PullRequest) -> anyhow::Result<Pulled> {
         None => {}
     }
     let store = Arc::new(Store::open(&directories.root)?);
-    let engine = Engine::start()?;
+    let engine = Engine::start(&store)?;
+    learn_kept_chunks(&store)?;
     engine.seed_links(store.links()?);
     let pulled = engine.runtime().block_on(pull_here(&store, &engine, request));
     let kept = store.put_links(&engine.links());

@@ -73,6 +73,7 @@ pub(super) fn device_rows(device: &DeviceStatus) -> Vec<(&'static str, String)> 
         ("misses", counters.misses.to_string()),
         ("errors", counters.errors.to_string()),
         ("fetched", format!("{} chunks ({})", counters.fetched_chunks, output::bytes(counters.fetched_bytes))),
+        ("copied", format!("{} chunks ({})", counters.copied_chunks, output::bytes(counters.copied_bytes))),
         ("registry requests", counters.registry_requests.to_string()),
         ("stored", output::bytes(device.stored_bytes)),
         ("waiting", device.waiting.as_ref().map_or_else(|| "nobody".to_owned(), waiting)),

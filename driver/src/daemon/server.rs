@@ -34,7 +34,7 @@ use crate::pull::Pulled;
 use crate::recorder::recover_logs;
 use crate::start_events::Mark;
 use crate::store::{Limits, Store};
-use crate::{capabilities, kernel, namespace};
+use crate::{capabilities, kept_chunks, kernel, namespace};
 
 /// How long a read waits that is not to fail: longer than machines live.
 const FOR_EVER: Duration = Duration::from_secs(50 * 365 * 24 * 3600);
@@ -79,16 +79,17 @@ pub fn run_server(options: ServerOptions) -> Result<()> {
     let detached = namespace::enter_private(&[&directories.root, &directories.run])?;
     tracing::info!(detached = detached.len(), "in a mount namespace of its own");
     capabilities::keep_needed()?;
-    let engine = Engine::start()?;
+    let store = if takes_over { Arc::new(Store::beside(&directories.root)?) } else { open_store(&directories)? };
+    let engine = Engine::start(&store)?;
     let runtime = engine.runtime().clone();
-    let (store, known) = if takes_over {
-        let store = Arc::new(Store::beside(&directories.root)?);
+    let known = if takes_over {
         let known = runtime.block_on(takeover::prepare(&directories, &store))?;
         takeover::take(&directories, &store)?;
-        (store, known)
+        known
     } else {
-        (open_store(&directories)?, Known::default())
+        Known::default()
     };
+    learn_kept_chunks(&runtime, &store);
     engine.seed_links(store.links()?);
     let server = Arc::new(Server {
         records: Records::new(directories.devices()),
@@ -104,6 +105,16 @@ pub fn run_server(options: ServerOptions) -> Result<()> {
         limits,
     });
     runtime.block_on(server.run(known))
+}
+
+/// Finds out what earlier servers left; nobody waits for it.
+fn learn_kept_chunks(runtime: &tokio::runtime::Handle, store: &Arc<Store>) {
+    let store = Arc::clone(store);
+    runtime.spawn_blocking(move || {
+        if let Err(error) = kept_chunks::learn(&store) {
+            tracing::warn!("store: chunks of earlier images may be fetched again: {}", error.chain());
+        }
+    });
 }
 
 /// A blob file in use takes four descriptors: the limit that a shell gives (1024) is soon reached.

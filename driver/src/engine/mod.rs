@@ -6,7 +6,7 @@
 //!
 //! Blob files are shared by what vouches for them, the digest of the chunk index or of the hot table: images with the
 //! same layer share one entry here, and so its fetches. Any of them is a source of its chunks; an entry ends with its
-//! last image. What is known of a registry's link lasts as long as the engine.
+//! last image. Blobs that have only some chunks in common, by name, share those ([`shared_chunks`]). What is known of a registry's link lasts as long as the engine.
 //!
 //! No sender is kept waiting for long. Demands: each request of a device sends one and waits for its answer, so
 //! [`DEMANDS_MAX`] is never reached. Touches are hints and are dropped when there are too many. All others may wait for
@@ -31,9 +31,10 @@ use crate::first_reads::Waited;
 use crate::hot::Withdrawn;
 use crate::image::Waiter;
 use crate::memory::Share;
-use crate::store::BlobFile;
+use crate::store::{BlobFile, Store};
 
 mod links;
+mod shared_chunks;
 #[cfg(test)]
 mod simulation;
 mod thread;
@@ -250,17 +251,18 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the threads.
+    /// Starts the threads. Chunks that blobs of `store` have in common are copied from one to the other; it is not kept
+    /// open by that.
     ///
     /// # Errors
     /// `Io` if the system has no more of them.
-    pub fn start() -> Result<Self> {
+    pub fn start(store: &Arc<Store>) -> Result<Self> {
         let (demands, demanded) = bounded(DEMANDS_MAX);
         let (touches, touched) = bounded(TOUCHES_MAX);
         let (controls, controlled) = bounded(CONTROLS_MAX);
         let (progress, progressed) = bounded(PROGRESS_MAX);
-        let fetcher = Fetcher::start(progress)?;
-        let engine = EngineThread::new(World::real(fetcher.spawner()));
+        let fetcher = Fetcher::start(progress, &Arc::downgrade(store))?;
+        let engine = EngineThread::new(World::real(fetcher.spawner()), Arc::clone(store.chunk_places()));
         let inbox = Inbox { demanded, touched, controlled, progressed };
         let thread = std::thread::Builder::new().name("engine".to_owned());
         let thread = thread.spawn(move || engine.run(&inbox));

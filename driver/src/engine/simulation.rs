@@ -122,12 +122,14 @@ impl Life {
             assert_eq!(lost, None, "a block that was there is lost by a kill");
         }
         let network = Network::new(progress);
-        let (clock_ms, jobs) = (Arc::clone(&before.clock_ms), network.jobs());
+        let (clock_ms, jobs, copies) = (Arc::clone(&before.clock_ms), network.jobs(), network.copies());
         let world = World {
             start: std::time::Instant::now(),
             elapsed: Box::new(move || std::time::Duration::from_millis(clock_ms.load(Ordering::Relaxed))),
             fetch: Box::new(move |job| jobs.send(job).unwrap()),
+            copy: Box::new(move |job| copies.send(job).unwrap()),
         };
+        let places = Arc::clone(store.chunk_places());
         let life = Rc::new(Self {
             host: Rc::clone(&before.host),
             random: Rc::clone(&before.random),
@@ -136,7 +138,7 @@ impl Life {
             fault_ms: Rc::clone(&before.fault_ms),
             has_faults,
             store: Arc::new(store),
-            engine: RefCell::new(EngineThread::new(world)),
+            engine: RefCell::new(EngineThread::new(world, places)),
             handle: EngineHandle { demands, touches, controls, next_image: Arc::default() },
             inbox: Inbox { demanded, touched, controlled, progressed },
             network: RefCell::new(network),
@@ -224,7 +226,8 @@ impl Life {
         let chunk = job.chunk;
         self.note(|| format!("decode {chunk:?}"));
         let progress = self.network.borrow().progress();
-        decode::end(job, &mut zstd::bulk::Decompressor::new().unwrap(), &mut Vec::new(), &progress);
+        let store = Arc::downgrade(&self.store);
+        decode::end(job, &mut zstd::bulk::Decompressor::new().unwrap(), &mut Vec::new(), &progress, &store);
         self.network.borrow_mut().is_over(chunk);
         self.note(|| format!("decoded {chunk:?}"));
     }

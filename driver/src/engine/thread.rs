@@ -7,15 +7,16 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, at, never};
 use tokio::sync::watch;
-use ublkimg_image::Sha256;
+use ublkimg_image::{Chunk, Sha256};
 use ublkimg_scheduler::{Action, BlobKey, BlobKind, ChunkKey, Event, FillMode, ImageKey, LinkKey, Scheduler, Ticket};
 
 use super::links::Links;
+use super::shared_chunks::{SharedChunks, Way};
 use super::{AddedBlob, Control, Demand, IMAGES_MAX, ImageReport, NewBlob, NewImage, Parked, is_present};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fetch::{FetchJob, Order, Outcome, Progress, Source, Spawner};
+use crate::fetch::{CopyJob, FetchJob, Order, Outcome, Progress, Source, Spawner};
 use crate::hot::Withdrawn;
-use crate::store::BlobFile;
+use crate::store::{BlobFile, ChunkPlaces};
 
 pub(super) struct Inbox {
     pub(super) demanded: Receiver<Demand>,
@@ -43,6 +44,12 @@ impl Blob {
         let sources = self.sources.iter().map(|(_, source)| Arc::clone(source)).collect();
         FetchJob { order, kind: self.kind, file: Arc::clone(&self.file), sources }
     }
+
+    /// A chunk that other blobs may have too, and whose it is here. A hot frame is nobody else's.
+    fn shared(&self, chunk: u32) -> Option<(Chunk, &Arc<Source>)> {
+        let (_, source) = self.sources.first()?;
+        (self.kind == BlobKind::Layer).then(|| (source.index.chunk(chunk), source))
+    }
 }
 
 struct Image {
@@ -62,12 +69,20 @@ pub(super) struct World {
     pub(super) elapsed: Box<dyn Fn() -> Duration + Send>,
     /// Starts a fetch, if there is a chunk to fetch; never blocks.
     pub(super) fetch: Box<dyn Fn(FetchJob) + Send>,
+    /// Starts a copy; never blocks.
+    pub(super) copy: Box<dyn Fn(CopyJob) + Send>,
 }
 
 impl World {
     pub(super) fn real(spawner: Spawner) -> Self {
         let start = Instant::now();
-        Self { start, elapsed: Box::new(move || start.elapsed()), fetch: Box::new(move |job| spawner.fetch(job)) }
+        let copies = spawner.clone();
+        Self {
+            start,
+            elapsed: Box::new(move || start.elapsed()),
+            fetch: Box::new(move |job| spawner.fetch(job)),
+            copy: Box::new(move |job| copies.copy(job)),
+        }
     }
 }
 
@@ -75,6 +90,7 @@ pub(super) struct EngineThread {
     world: World,
     scheduler: Scheduler,
     links: Links,
+    shared: SharedChunks,
     blobs: HashMap<BlobKey, Blob>,
     /// Keys of `blobs` by the digest of what vouches for them.
     by_index: BTreeMap<Sha256, BlobKey>,
@@ -88,11 +104,12 @@ pub(super) struct EngineThread {
 }
 
 impl EngineThread {
-    pub(super) fn new(world: World) -> Self {
+    pub(super) fn new(world: World, places: Arc<ChunkPlaces>) -> Self {
         Self {
             world,
             scheduler: Scheduler::new(),
             links: Links::default(),
+            shared: SharedChunks::new(places),
             blobs: HashMap::new(),
             by_index: BTreeMap::new(),
             images: BTreeMap::new(),
@@ -188,7 +205,7 @@ impl EngineThread {
         self.actions = actions;
     }
 
-    /// Fetches chunks of a blob, save those that came in meanwhile.
+    /// Fetches chunks of a blob, save those that are on this host.
     fn fetch(&mut self, order: &Order, actions: &mut Vec<Action>) {
         let now = (self.world.elapsed)();
         let key = |chunk: u32| ChunkKey { blob: order.blob, chunk };
@@ -196,18 +213,51 @@ impl EngineThread {
             for chunk in order.chunks.clone().map(key) {
                 self.scheduler.step(Event::Failed { chunk, errno: libc::EIO }, now, actions);
             }
-            return;
+            return self.fetch_shared(order, actions);
         };
         let mut rest = order.chunks.start;
+        let link = blob.sources.first().and_then(|(image, _)| self.images.get(image)).map(|image| image.link);
         for chunk in order.chunks.clone() {
             // A fetch for an image that is gone came in after the blob was added again.
-            if blob.holds(chunk) {
-                (self.world.fetch)(blob.job(Order { chunks: rest..chunk, ..order.clone() }));
-                rest = chunk + 1;
+            let is_here = blob.holds(chunk);
+            if !is_here {
+                let (Some((shared, source)), Some(link)) = (blob.shared(chunk), link) else { continue };
+                let one = Order { chunks: chunk..chunk + 1, ..order.clone() };
+                match self.shared.way(&shared, &blob.file, link, one) {
+                    Way::Fetch => continue,
+                    Way::Copy(order, place) => {
+                        let (file, source) = (Arc::clone(&blob.file), Arc::clone(source));
+                        (self.world.copy)(CopyJob { order, place, file, source });
+                    }
+                    Way::Wait => {}
+                }
+            }
+            (self.world.fetch)(blob.job(Order { chunks: rest..chunk, ..order.clone() }));
+            rest = chunk + 1;
+            self.scheduler.step(Event::Local { chunk: key(chunk) }, now, actions);
+            if is_here {
                 self.scheduler.step(Event::Fetched { chunk: key(chunk) }, now, actions);
             }
         }
         (self.world.fetch)(blob.job(Order { chunks: rest..order.chunks.end, ..order.clone() }));
+    }
+
+    /// Goes on with the orders of other blobs that wait for chunks of this one, whose fetch is over.
+    fn fetch_shared(&mut self, order: &Order, actions: &mut Vec<Action>) {
+        for chunk in order.chunks.clone() {
+            for waiting in self.shared.over(ChunkKey { blob: order.blob, chunk }) {
+                self.fetch(&waiting, actions);
+            }
+        }
+    }
+
+    /// Fetches what an order did not get, or what waited for a chunk of it.
+    fn fetch_again(&mut self, orders: &[Order]) {
+        let mut actions = std::mem::take(&mut self.actions);
+        for order in orders {
+            self.fetch(order, &mut actions);
+        }
+        self.carry_out(actions);
     }
 
     pub(super) fn demand(&mut self, demand: Demand) {
@@ -237,16 +287,22 @@ impl EngineThread {
         match news {
             Progress::FirstByte(fetch) => self.step(Event::FirstByte { fetch }),
             Progress::Arrived(chunk) => self.step(Event::Arrived { chunk }),
-            Progress::Ended { chunk, outcome } => match outcome {
-                Outcome::Stored => self.step(Event::Fetched { chunk }),
-                Outcome::Failed(errno) => self.step(Event::Failed { chunk, errno }),
-                Outcome::Refused(errno) => self.refused(chunk, errno),
-            },
+            Progress::Ended { chunk, outcome } => {
+                match outcome {
+                    Outcome::Stored => self.step(Event::Fetched { chunk }),
+                    Outcome::Failed(errno) => self.step(Event::Failed { chunk, errno }),
+                    Outcome::Refused(errno) => self.refused(chunk, errno),
+                }
+                let waiting = self.shared.over(chunk);
+                self.fetch_again(&waiting);
+            }
             // Another image may have come for the blob since the fetch began; otherwise this fails.
-            Progress::Abandoned(order) => {
-                let mut actions = std::mem::take(&mut self.actions);
-                self.fetch(&order, &mut actions);
-                self.carry_out(actions);
+            Progress::Again(order) => {
+                let mut orders = vec![order.clone()];
+                for chunk in order.chunks {
+                    orders.extend(self.shared.over(ChunkKey { blob: order.blob, chunk }));
+                }
+                self.fetch_again(&orders);
             }
         }
     }

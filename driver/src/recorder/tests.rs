@@ -29,7 +29,8 @@ struct Rig {
 impl Rig {
     fn new() -> Self {
         let (registry, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let (store, engine) = (Arc::new(Store::open(root.path()).unwrap()), Engine::start().unwrap());
+        let store = Arc::new(Store::open(root.path()).unwrap());
+        let engine = Engine::start(&store).unwrap();
         let image = image();
         let location = engine.runtime().block_on(image.push(registry.path(), "v1"));
         let loaded = engine.runtime().block_on(attach(&store, &engine, &location, &AttachOptions::default())).unwrap();

@@ -19,7 +19,7 @@ use ublkimg_image::Sha256;
 
 use super::bitmap::Bitmap;
 use super::disk;
-use super::layout::replace_file;
+use super::layout::{BlobPaths, replace_file};
 use crate::error::{Error, Result};
 
 const HEADER_BYTES: usize = 96;
@@ -91,6 +91,14 @@ pub(crate) fn read(path: &Path, identity: Identity, validity: Validity) -> Resul
     }
     let words: Vec<u64> = words.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
     Ok(Bitmap::from_words(identity.blocks, &words))
+}
+
+/// Reads the bitmap of a blob file that is to be believed in this boot; `None` if there is none.
+pub(crate) fn read_believed(paths: &BlobPaths, identity: Identity, boot_id: BootId) -> Result<Option<Bitmap>> {
+    match read(&paths.live, identity, Validity::Live(boot_id))? {
+        Some(live) => Ok(Some(live)),
+        None => read(&paths.durable, identity, Validity::Durable),
+    }
 }
 
 /// Writes a bitmap in place of what was there, whole or not at all. A durable one is on the disk on return.

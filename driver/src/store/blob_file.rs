@@ -18,6 +18,7 @@ use ublkimg_image::{BLOCK_SIZE, Sha256};
 
 use super::bitmap::Bitmap;
 use super::bitmap_file::{self, BootId, Identity, Validity};
+use super::chunk_places::ChunkPlaces;
 use super::disk;
 use super::evictions::Evictions;
 use super::layout::{BlobPaths, sync_directory_of};
@@ -38,6 +39,7 @@ pub(super) struct Shared {
     pub(super) written: Arc<Notify>,
     pub(super) evictions: Arc<Evictions>,
     pub(super) overflow: Arc<Overflow>,
+    pub(super) chunk_places: Arc<ChunkPlaces>,
     /// Seconds since 1970, as of a moment ago.
     pub(super) clock_s: Arc<AtomicU32>,
 }
@@ -54,7 +56,7 @@ pub(crate) enum Place {
 /// A sparse file of raw blocks and the set of those that are there.
 #[derive(Debug)]
 pub struct BlobFile {
-    identity: Identity,
+    identity: Arc<Identity>,
     paths: BlobPaths,
     data: Arc<File>,
     sums: File,
@@ -96,7 +98,7 @@ impl BlobFile {
         let dirty = AtomicBool::new(present.count() > 0);
         let extents = identity.blocks.div_ceil(EXTENT_BLOCKS);
         Ok(Self {
-            identity,
+            identity: Arc::new(identity),
             paths,
             data: Arc::new(data),
             sums,
@@ -122,6 +124,14 @@ impl BlobFile {
     #[must_use]
     pub fn blocks(&self) -> u32 {
         self.identity.blocks
+    }
+
+    pub(super) fn identity(&self) -> &Arc<Identity> {
+        &self.identity
+    }
+
+    pub(super) fn places(&self) -> &ChunkPlaces {
+        &self.shared.chunk_places
     }
 
     /// Digest of the chunk index that vouches for the content.
@@ -269,6 +279,19 @@ impl BlobFile {
         Ok((wrong, unknown))
     }
 
+    /// Fills `data` with blocks of the disk; false if one of them is not there, or not what was written, or of unknown sum.
+    pub(super) fn read_checked(&self, blocks: Range<u32>, data: &mut [u8]) -> Result<bool> {
+        let failed = |error| Error::path("read", &self.paths.data, error);
+        let evictions = self.shared.evictions.count();
+        if self.first_missing(blocks.clone()).is_some() {
+            return Ok(false);
+        }
+        self.data.read_exact_at(data, u64::from(blocks.start) * BLOCK_SIZE as u64).map_err(failed)?;
+        let verdicts = sums::check(&self.sums, blocks.start, data).map_err(failed)?;
+        let is_right = verdicts.iter().all(|verdict| matches!(verdict, Verdict::Right));
+        Ok(is_right && self.shared.evictions.count() == evictions)
+    }
+
     fn range_of(&self, block: u32, data: &[u8]) -> Result<Range<u32>> {
         let blocks = u32::try_from(data.len() / BLOCK_SIZE).ok().filter(|_| data.len().is_multiple_of(BLOCK_SIZE));
         let end = blocks.and_then(|blocks| block.checked_add(blocks)).filter(|end| *end <= self.identity.blocks);
@@ -329,7 +352,7 @@ impl BlobFile {
             self.forget_unsynced()?;
             return Err(Error::path("sync", &self.paths.data, error));
         }
-        bitmap_file::write(&self.paths.durable, self.identity, Validity::Durable, &bits)
+        bitmap_file::write(&self.paths.durable, *self.identity, Validity::Durable, &bits)
     }
 
     /// Gives the space of some ranges of blocks back. They are not there any more, for nobody and for ever, before their
@@ -360,7 +383,7 @@ impl BlobFile {
     }
 
     fn forget_unsynced(&self) -> Result<()> {
-        let durable = bitmap_file::read(&self.paths.durable, self.identity, Validity::Durable)?;
+        let durable = bitmap_file::read(&self.paths.durable, *self.identity, Validity::Durable)?;
         let durable = durable.unwrap_or_else(|| Bitmap::empty(self.identity.blocks));
         let live = self.live.lock();
         self.present.retain(&durable);

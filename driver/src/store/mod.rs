@@ -8,6 +8,7 @@
 mod bitmap;
 mod bitmap_file;
 mod blob_file;
+mod chunk_places;
 mod disk;
 mod evictions;
 #[cfg(test)]
@@ -45,6 +46,7 @@ use self::bitmap_file::{BootId, Identity};
 pub use self::blob_file::BlobFile;
 pub(crate) use self::blob_file::Place;
 use self::blob_file::Shared;
+pub(crate) use self::chunk_places::{ChunkPlace, ChunkPlaces};
 use self::evictions::Evictions;
 pub(crate) use self::evictions::Reader;
 
@@ -135,6 +137,7 @@ impl Store {
                 wake_sync,
                 written: Arc::default(),
                 overflow: Arc::new(overflow),
+                chunk_places: Arc::default(),
                 evictions,
                 clock_s,
             },

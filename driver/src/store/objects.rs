@@ -3,6 +3,8 @@
 
 use std::fs::{self, File};
 use std::io::ErrorKind as IoErrorKind;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use ublkimg_image::Sha256;
@@ -41,6 +43,22 @@ impl Store {
             return Ok(None);
         }
         Ok(Some(bytes))
+    }
+
+    /// A part of an object as it lies here, unchecked; `None` if it is not here or shorter.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(crate) fn object_part(&self, digest: Sha256, range: Range<u64>) -> Result<Option<Vec<u8>>> {
+        let path = self.layout.object(digest);
+        let Some(file) = open_if_there(&path)? else { return Ok(None) };
+        let failed = |error| Error::path("read", &path, error);
+        if file.metadata().map_err(failed)?.len() < range.end || range.end > OBJECT_BYTES_MAX {
+            return Ok(None);
+        }
+        let mut part = vec![0; usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(0)];
+        file.read_exact_at(&mut part, range.start).map_err(failed)?;
+        Ok(Some(part))
     }
 
     /// Keeps a metadata image as it is served, durably, under the digest of its blob.

@@ -263,6 +263,11 @@ impl Store {
         Ok(checked)
     }
 
+    /// The digests of the objects that are here.
+    pub(crate) fn object_digests(&self) -> Result<Vec<Sha256>> {
+        Ok(files(&self.layout.objects())?.iter().filter_map(|(path, _)| digest_of(path)).collect())
+    }
+
     /// The blob files and their lengths in blocks, by their digests.
     fn blob_files(&self) -> Result<Vec<(Sha256, u32)>> {
         let mut all = Vec::new();

@@ -119,7 +119,7 @@ pub(crate) struct Driver {
 impl Driver {
     pub(crate) fn attach(reference: &str, store: &Path) -> Self {
         let store = Arc::new(Store::open(store).unwrap());
-        let engine = Engine::start().unwrap();
+        let engine = Engine::start(&store).unwrap();
         let location = reference.parse().unwrap();
         let options = AttachOptions::default();
         let attached = attach(&store, &engine, &location, &options);

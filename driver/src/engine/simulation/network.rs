@@ -9,8 +9,8 @@ use ublkimg_image::ChunkIndex;
 use ublkimg_scheduler::ChunkKey;
 
 use super::Life;
-use crate::decode::DecodeJob;
-use crate::fetch::{FetchJob, Outcome, Progress, tell};
+use crate::decode::{Content, DecodeJob};
+use crate::fetch::{CopyJob, FetchJob, Outcome, Progress, tell};
 use crate::random::Random;
 use crate::store::BlobFile;
 
@@ -18,6 +18,8 @@ use crate::store::BlobFile;
 pub(super) struct Network {
     ordered: Receiver<FetchJob>,
     jobs: Sender<FetchJob>,
+    to_copy: Receiver<CopyJob>,
+    copies: Sender<CopyJob>,
     progress: Sender<Progress>,
     transfers: Vec<Transfer>,
     arrived: VecDeque<DecodeJob>,
@@ -33,13 +35,19 @@ struct Transfer {
 impl Network {
     pub(super) fn new(progress: Sender<Progress>) -> Self {
         let (jobs, ordered) = unbounded();
+        let (copies, to_copy) = unbounded();
         let (transfers, arrived, on_their_way) = Default::default();
-        Self { ordered, jobs, progress, transfers, arrived, on_their_way }
+        Self { ordered, jobs, to_copy, copies, progress, transfers, arrived, on_their_way }
     }
 
     /// Where the engine orders.
     pub(super) fn jobs(&self) -> Sender<FetchJob> {
         self.jobs.clone()
+    }
+
+    /// Where it has chunks copied.
+    pub(super) fn copies(&self) -> Sender<CopyJob> {
+        self.copies.clone()
     }
 
     pub(super) fn progress(&self) -> Sender<Progress> {
@@ -57,7 +65,7 @@ impl Network {
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.ordered.is_empty() && self.transfers.is_empty() && self.arrived.is_empty()
+        self.ordered.is_empty() && self.to_copy.is_empty() && self.transfers.is_empty() && self.arrived.is_empty()
     }
 
     /// An order is taken, or an answer goes on.
@@ -68,6 +76,10 @@ impl Network {
                 assert!(self.on_their_way.insert(chunk), "{chunk:?} is fetched while it is on its way");
             }
             self.transfers.push(Transfer { job, has_begun: false });
+        }
+        for job in self.to_copy.try_iter() {
+            life.note(|| format!("copy {:?} {:?} {:?}", job.order.blob, job.order.chunks, job.order.class));
+            self.arrived.push_back(DecodeJob::copy(job));
         }
         if self.transfers.is_empty() {
             return;
@@ -87,7 +99,7 @@ impl Network {
         let Some(&chunk) = rest.first() else { return true };
         let Some(source) = source else {
             rest.iter().for_each(|chunk| self.is_over(*chunk));
-            tell(&self.progress, Progress::Abandoned(order));
+            tell(&self.progress, Progress::Again(order));
             return true;
         };
         if life.has_faults && life.happens(40) {
@@ -107,8 +119,8 @@ impl Network {
         job.order.chunks.start += 1;
         let (kind, file) = (job.kind, Arc::clone(&job.file));
         tell(&self.progress, Progress::Arrived(chunk));
-        let stored = stored(life, &file, chunk.chunk);
-        self.arrived.push_back(DecodeJob { chunk, class: order.class, kind, stored, file, source });
+        let content = Content::Stored(stored(life, &file, chunk.chunk));
+        self.arrived.push_back(DecodeJob { chunk, class: order.class, kind, content, file, source });
         rest.len() == 1
     }
 }
