@@ -13,6 +13,8 @@ export RUSTDOCFLAGS := -D warnings -A rustdoc::private-intra-doc-links -Ctarget-
 export CARGO_TERM_PROGRESS_WHEN := never
 LANES := lanes
 
+WHEELS := numpy scipy
+
 FUZZ_SECONDS := 600
 
 POWERCUT_SEEDS := 200
@@ -20,7 +22,7 @@ SIMULATION_SEEDS := 2000
 N := 500
 MINUTES := 60
 
-.PHONY: deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
+.PHONY: deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert bench-convert-wheels debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -48,6 +50,10 @@ bench-ab: programs ## the same of BASE=REVISION and of what is here, one after t
 bench-convert: programs ## converting a tree beside `tar | zstd -3`; bench/README.md. BENCH_TREE=DIR for another tree
 	@$(if $(BENCH_TREE),,bench/convert/prepare.sh target/bench/python-tree)
 	@$(BIN)/convert --tree '$(or $(BENCH_TREE),target/bench/python-tree)' --program $(BIN)/ublkimg $(BENCH_FLAGS)
+
+bench-convert-wheels: programs ## the same with wheels from PyPI: WHEELS='numpy scipy', or WHEELS=torch BENCH_FLAGS='--rounds 1 --layers 4' (5 GB; 15 GB of disk)
+	@bench/convert/wheels.sh target/bench/wheels-$(firstword $(WHEELS)) $(WHEELS)
+	@$(BIN)/convert --tree target/bench/wheels-$(firstword $(WHEELS)) --program $(BIN)/ublkimg $(BENCH_FLAGS)
 
 debian-images: deps ## images made of Debian packages, converted and compared with what umoci unpacks; ten minutes
 	@tests/debian-images.sh target/debian-images

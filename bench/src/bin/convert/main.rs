@@ -4,6 +4,8 @@
 //! moment of the machine hits all of them. Peak memory and processor time are the kernel's own counts (`VmHWM`, `stat`),
 //! read while the program runs, every few milliseconds: what happens after the last look is not in them.
 
+mod layers;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -33,6 +35,9 @@ struct Arguments {
     /// Rounds
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// Converts an image of so many zstd layers of the tree, too
+    #[arg(long)]
+    layers: Option<usize>,
     /// Where temporary files and what comes out go
     #[arg(long, default_value = "target/bench")]
     directory: PathBuf,
@@ -45,7 +50,9 @@ struct Arguments {
 #[derive(Serialize)]
 struct Arm {
     name: String,
-    level: Option<i32>,
+    /// What is converted, and the level; none packs the tree otherwise.
+    #[serde(skip)]
+    source: Option<(String, i32)>,
     wall_s: Vec<f64>,
     cpu_s: Vec<f64>,
     peak_mb: Vec<f64>,
@@ -65,9 +72,19 @@ fn main() -> Result<()> {
     fs::create_dir_all(&work)?;
     let (files, bytes) = count(&arguments.tree)?;
     println!("{}: {files} files, {:.1} MB", arguments.tree.display(), mb(bytes));
-    let converting = |level: &i32| Arm::new(format!("ublkimg convert --level {level}"), Some(*level));
+    let mut sources = vec![(String::new(), format!("dir:{}", arguments.tree.display()))];
+    if let Some(count) = arguments.layers {
+        let image = work.join("image");
+        let _ = fs::remove_dir_all(&image);
+        layers::pack(&arguments.tree, count, &image)?;
+        sources.push((format!(", {count} layers"), format!("oci:{}:bench", image.display())));
+    }
     let mut arms = vec![Arm::new("tar, zstd -3".to_owned(), None)];
-    arms.extend(arguments.levels.iter().map(converting));
+    for (of, source) in &sources {
+        let converting =
+            |level: &i32| Arm::new(format!("ublkimg convert --level {level}{of}"), Some((source.clone(), *level)));
+        arms.extend(arguments.levels.iter().map(converting));
+    }
     for _ in 0..arguments.rounds {
         for arm in &mut arms {
             arm.round(&arguments, &work)?;
@@ -80,8 +97,8 @@ fn main() -> Result<()> {
 }
 
 impl Arm {
-    fn new(name: String, level: Option<i32>) -> Self {
-        Self { name, level, wall_s: Vec::new(), cpu_s: Vec::new(), peak_mb: Vec::new(), stored_mb: Vec::new() }
+    fn new(name: String, source: Option<(String, i32)>) -> Self {
+        Self { name, source, wall_s: Vec::new(), cpu_s: Vec::new(), peak_mb: Vec::new(), stored_mb: Vec::new() }
     }
 
     fn round(&mut self, arguments: &Arguments, work: &Path) -> Result<()> {
@@ -89,7 +106,7 @@ impl Arm {
         let _ = fs::remove_dir_all(&out);
         fs::create_dir(&out)?;
         let began = Instant::now();
-        let usage = match self.level {
+        let usage = match &self.source {
             None => {
                 let mut tar = Command::new("tar")
                     .arg("-C")
@@ -102,11 +119,11 @@ impl Arm {
                     Command::new("zstd").args(["-q", "-3", "-o"]).arg(out.join("tar.zst")).stdin(packed).spawn()?;
                 watch(vec![tar, zstd])?
             }
-            Some(level) => {
+            Some((source, level)) => {
                 let convert = Command::new(&arguments.program)
-                    .args(["convert", "--level", &level.to_string(), "--tmpdir"])
+                    .args(["convert", "--no-cache", "--level", &level.to_string(), "--tmpdir"])
                     .arg(work)
-                    .arg(format!("dir:{}", arguments.tree.display()))
+                    .arg(source)
                     .arg(format!("oci:{}:bench", out.join("layout").display()))
                     .stdout(Stdio::null())
                     .spawn()
