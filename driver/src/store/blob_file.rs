@@ -79,9 +79,10 @@ pub struct BlobFile {
 
 impl BlobFile {
     pub(super) fn open(paths: BlobPaths, identity: Identity, boot_id: BootId, shared: Shared) -> Result<Self> {
-        let data = open_data(&paths, identity)?;
         let sums = sums::open(&paths.sums, identity.blocks);
-        let sums = sums.map_err(|error| Error::path("open", &paths.sums, error))?;
+        let (sums, are_new) = sums.map_err(|error| Error::path("open", &paths.sums, error))?;
+        // After the sums: both names are to be durable before a bit is.
+        let data = open_data(&paths, identity, are_new)?;
         let used_s = last_use(&paths).unwrap_or_else(|| shared.clock_s.load(Ordering::Relaxed));
         let present = match bitmap_file::read(&paths.live, identity, Validity::Live(boot_id))? {
             Some(live) => live,
@@ -409,12 +410,16 @@ pub(super) fn last_use(paths: &BlobPaths) -> Option<u32> {
     Some(u32::try_from(since_1970.as_secs()).unwrap_or(u32::MAX))
 }
 
-/// Opens the data file; one that is new, or not as long as it should be, loses its bitmaps before it gets its length.
-fn open_data(paths: &BlobPaths, identity: Identity) -> Result<File> {
+/// Opens the data file; one that is new, or not as long as it should be, loses its bitmaps before it gets its length. Its name is
+/// durable then, and with `has_new_neighbour` at any rate, and those of its neighbours with it.
+fn open_data(paths: &BlobPaths, identity: Identity, has_new_neighbour: bool) -> Result<File> {
     let len_bytes = u64::from(identity.blocks) * BLOCK_SIZE as u64;
     let doing = |error| Error::path("open", &paths.data, error);
     let data = disk::open(&paths.data).map_err(doing)?;
     if data.metadata().map_err(doing)?.len() == len_bytes {
+        if has_new_neighbour {
+            sync_directory_of(&paths.data)?;
+        }
         return Ok(data);
     }
     for bitmap in [&paths.live, &paths.durable] {

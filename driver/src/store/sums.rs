@@ -15,15 +15,17 @@ use super::disk;
 
 const SUM_BYTES: u64 = 4;
 
-/// Opens the sums of so many blocks; new ones are not known.
-pub(super) fn open(path: &Path, blocks: u32) -> std::io::Result<File> {
+/// Opens the sums of so many blocks, and says whether they are new: then none is known, and a power cut may lose the file
+/// until its directory is synced.
+pub(super) fn open(path: &Path, blocks: u32) -> std::io::Result<(File, bool)> {
     let file = disk::open(path)?;
     let len_bytes = u64::from(blocks) * SUM_BYTES;
-    if file.metadata()?.len() != len_bytes {
+    let are_new = file.metadata()?.len() != len_bytes;
+    if are_new {
         disk::set_len(path, &file, 0)?;
         disk::set_len(path, &file, len_bytes)?;
     }
-    Ok(file)
+    Ok((file, are_new))
 }
 
 /// Writes the sums of the blocks in `data`, the first of which is `block`.
