@@ -22,7 +22,7 @@ SIMULATION_SEEDS := 2000
 N := 500
 MINUTES := 60
 
-.PHONY: deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert bench-convert-wheels debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
+.PHONY: broken deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert bench-convert-wheels debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -110,6 +110,9 @@ powercut: deps ## cuts the power after every step of POWERCUT_SEEDS workloads of
 faults: deps ## what becomes of reads when the registry fails, written into docs/guarantees.md
 	@tests/faults.sh cargo test -p ublkimg-driver --lib $(PROFILE) -- outage_tests
 
+broken: deps ## breaks the program on purpose in a copy, and shows that the test which stands guard fails; ten minutes
+	@tests/broken.sh target/broken $(PROFILE)
+
 kills: programs ## kills the daemon N times under load, in a guest; `make lanes` does twenty
 	@tests/vm/long.sh kills.sh $(BIN) $(N) $$((300 + 5 * $(N)))
 
@@ -133,8 +136,9 @@ test: deps ## everything that must hold; under 25 minutes on two cores
 	@$(MAKE) --no-print-directory $(LANES)
 
 test-full: export UBLKIMG_STACKS := 400
-test-full: ## and what takes long: the whole demo image on the stock kernels, ten times as many stacks of layers
+test-full: ## and what takes long: broken builds, the whole demo image on the stock kernels, ten times as many stacks of layers
 	@$(MAKE) --no-print-directory debian-images
+	@$(MAKE) --no-print-directory broken
 	@$(MAKE) --no-print-directory test LANES=lanes-full
 
 simulate: ## how near recorded starts come to their bound: TRACES=DIR [OUT=FILE.json] [WRONG=FILE.json]
