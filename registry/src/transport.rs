@@ -213,7 +213,7 @@ impl Transport {
                     Ok(self.tls.get_or_init(|| made))
                 }
             },
-            "http" if self.is_plain() || url.host_str().is_some_and(is_loopback) => Ok(&self.plain),
+            "http" if self.is_plain(url) || url.host_str().is_some_and(is_loopback) => Ok(&self.plain),
             "http" => Err(Error::invalid(format!("{} would be asked in plain HTTP", self.name(url)))),
             other => {
                 Err(Error::corrupt(format!("registry {} points to an address of scheme {other}", self.endpoint.name)))
@@ -221,9 +221,9 @@ impl Transport {
         }
     }
 
-    /// Whether the user has said that this registry is spoken to in plain HTTP, here or by its address in a file.
-    fn is_plain(&self) -> bool {
-        self.options.plain_http || self.endpoint.address.scheme() == "http"
+    /// Whether the user has said that plain HTTP is spoken there: everywhere, or at this address, which a file names.
+    fn is_plain(&self, url: &Url) -> bool {
+        self.options.plain_http || self.is_registry(url)
     }
 
     fn silence(&self, url: &Url, limit: Duration) -> Error {

@@ -39,7 +39,10 @@ pub(super) fn run(global: &Global, command: &Status) -> anyhow::Result<()> {
         if std::io::stdout().is_terminal() && !command.json {
             output::line(CLEARED)?;
         }
-        show(&directories, command, &device)?;
+        match show(&directories, command, &device) {
+            Err(error) if super::hook::is_not_found(&error) => return Ok(()),
+            shown => shown?,
+        }
     }
 }
 
