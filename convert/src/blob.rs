@@ -10,7 +10,6 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::ops::Range;
-use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 
 use sha2::Digest as _;
@@ -20,11 +19,12 @@ use ublkimg_image::{
 };
 
 use crate::error::{Error, Result};
-use crate::frames::{Compress, compress};
+use crate::frames::{Chunk, Compress, compress};
 use crate::hashing::finish;
 use crate::layer::Layer;
 use crate::place::place;
 use crate::spool::{PIECE_BYTES, Spool};
+use crate::unnamed_file::{path_of, unnamed_file};
 
 /// Bytes written to a blob's file at once.
 const WRITE_BYTES: usize = 1 << 20;
@@ -46,11 +46,6 @@ impl Blob {
     pub(crate) fn path(&self) -> PathBuf {
         path_of(&self.file)
     }
-}
-
-/// A path under which this process can open a file without a name while it is open.
-pub(crate) fn path_of(file: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// A layer blob and what the image needs to know of it.
@@ -87,12 +82,13 @@ pub(crate) fn write_layer_blob(
     let mut index = ChunkIndexBuilder::new(writer.len_bytes);
     let metadata_chunks = metadata.chunks(PIECE_BYTES).len();
     let read = |number: usize| match number.checked_sub(metadata_chunks) {
-        None => Ok(metadata[number * PIECE_BYTES..metadata.len().min((number + 1) * PIECE_BYTES)].to_vec()),
+        None => Ok(piece(&metadata, number)),
         Some(number) => plan.read_chunk(number, spool),
     };
     let uncompressed_digest = compress(how, metadata_chunks + plan.chunks(), read, |frame| {
-        index.push(frame.stored.len() as u64, frame.raw_len_bytes, frame.id).map_err(from_image)?;
-        advance(frame.raw_len_bytes)?;
+        let raw_len_bytes = frame.raw.len() as u64;
+        index.push(frame.stored.len() as u64, raw_len_bytes, frame.id).map_err(from_image)?;
+        advance(raw_len_bytes)?;
         writer.write(&frame.stored)
     })?;
     let index = index.finish();
@@ -107,12 +103,15 @@ pub(crate) fn write_layer_blob(
 /// As [`write_layer_blob`].
 pub(crate) fn write_metadata_blob(metadata: &[u8], bundle: &Bundle, dir: &Path, how: Compress) -> Result<Blob> {
     let mut writer = BlobWriter::new(dir)?;
-    let chunk =
-        |number: usize| Ok(metadata[number * PIECE_BYTES..metadata.len().min((number + 1) * PIECE_BYTES)].to_vec());
+    let chunks = metadata.chunks(PIECE_BYTES).len();
     let uncompressed_digest =
-        compress(how, metadata.chunks(PIECE_BYTES).len(), chunk, |frame| writer.write(&frame.stored))?;
+        compress(how, chunks, |number| Ok(piece(metadata, number)), |frame| writer.write(&frame.stored))?;
     let trailer = skippable(SkippableKind::Ublkimg, &bundle.encode().map_err(from_image)?).map_err(from_image)?;
     writer.finish(&trailer, uncompressed_digest)
+}
+
+fn piece(metadata: &[u8], number: usize) -> Chunk {
+    Chunk::Raw(metadata[number * PIECE_BYTES..metadata.len().min((number + 1) * PIECE_BYTES)].to_vec())
 }
 
 /// Writes and hashes.
@@ -125,7 +124,7 @@ pub(crate) struct BlobWriter<'a> {
 
 impl<'a> BlobWriter<'a> {
     pub(crate) fn new(dir: &'a Path) -> Result<Self> {
-        let file = tempfile::tempfile_in(dir).map_err(|error| in_dir(dir, error))?;
+        let file = unnamed_file(dir).map_err(|error| in_dir(dir, error))?;
         let file = BufWriter::with_capacity(WRITE_BYTES, file);
         Ok(Self { file, dir, hasher: sha2::Sha256::new(), len_bytes: 0 })
     }

@@ -5,7 +5,7 @@ use ublkimg_registry::erofs_manifest::LayerRef;
 
 /// The format of layer blobs as this converter writes them. Raised when the same layer and level become other bytes, so
 /// that nothing made before is taken for what would be made now.
-const CONVERTER: &str = "ublkimg-1";
+const CONVERTER: &str = "ublkimg-2";
 
 /// See the module. It does not hold the blob.
 #[derive(Clone, Debug)]

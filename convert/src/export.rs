@@ -12,10 +12,11 @@ use ublkimg_image::{BLOCK_SIZE, DeviceMap, flat_block0};
 use ublkimg_registry::descriptor::Platform;
 use ublkimg_registry::{Digest, Repository};
 
-use crate::blob::{from_image, path_of};
+use crate::blob::from_image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hashing::HashingReader;
 use crate::stored_image::StoredImage;
+use crate::unnamed_file::path_of;
 
 /// Writes the image to a new file at `path`, which appears whole or not at all. Returns its length in bytes.
 ///

@@ -70,11 +70,11 @@ fn try_layers(archives: &[&[u8]]) -> Result<()> {
     let mut merge = Merge::new();
     let mut devices = Vec::new();
     for archive in archives {
-        let mut spool = Spool::new(&dir)?;
+        let how = Compress { level: 1, threads: NonZeroUsize::MIN };
+        let mut spool = Spool::new(&dir, how)?;
         let layer = read_tar(repaired(archive).as_slice(), &mut spool)?;
         assert!(spool.len_bytes() <= archive.len() as u64);
         let tree = layer.tree.clone();
-        let how = Compress { level: 1, threads: NonZeroUsize::MIN };
         let blob = write_layer_blob(layer, &spool, &dir, how, &|_| Ok(()))?;
         let (read, _) = read_tree(&blob.metadata).expect("a layer that was written");
         assert!(read.len() <= tree.len());

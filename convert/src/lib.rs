@@ -53,6 +53,7 @@ mod spool;
 mod stored_image;
 mod tar;
 mod trace_file;
+mod unnamed_file;
 
 pub use check::{CheckOptions, CheckedImage, check};
 pub use convert::{ImageSummary, LayerSummary, Options, Summary, convert};

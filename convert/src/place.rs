@@ -8,15 +8,18 @@
 //! of large files.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 
 use ublkimg_image::{
-    BLOCK_SIZE, CHUNK_BLOCKS, CHUNK_BYTES, DataBlock, FileData, FileLayout, Kind, MAX_BLOCKS, NodeId, Space, Tree,
+    BLOCK_SIZE, CHUNK_BLOCKS, CHUNK_BYTES, ChunkId, DataBlock, FileData, FileLayout, Kind, MAX_BLOCKS, NodeId, Space,
+    Tree,
 };
 
 use crate::error::{Error, Result};
+use crate::frames::Chunk;
 use crate::layer::{Layer, for_each_path};
-use crate::spool::{Content, ContentId, Spool};
+use crate::spool::{Content, ContentId, PieceAt, Spool};
 
 /// A pack does not end by choice before it has this many blocks (64 KiB): smaller chunks compress badly and cost a
 /// request each.
@@ -39,10 +42,10 @@ pub(crate) struct Plan {
     pub(crate) blocks: u32,
 }
 
-/// Bytes of the spool that start at a block of the data area.
+/// A piece in the spool that starts at a block of the data area.
 #[derive(Clone, Copy, Debug)]
 struct Extent {
-    offset_bytes: u64,
+    at: PieceAt,
     len_bytes: u32,
 }
 
@@ -57,27 +60,32 @@ impl Plan {
         self.chunks.len()
     }
 
-    /// The raw bytes of a chunk: whole blocks.
-    pub(crate) fn read_chunk(&self, chunk: usize, spool: &Spool) -> Result<Vec<u8>> {
+    /// A chunk: whole blocks.
+    pub(crate) fn read_chunk(&self, chunk: usize, spool: &Spool) -> Result<Chunk> {
         let PlannedChunk { extents, blocks } = &self.chunks[chunk];
+        let extents = &self.extents[extents.clone()];
+        if let [Extent { at: PieceAt::Chunk(number), .. }] = extents {
+            let chunk = spool.chunk(*number)?;
+            return Ok(Chunk::Stored { frame: spool.read_chunk(chunk)?, id: chunk.id });
+        }
         let mut raw = vec![0; *blocks as usize * BLOCK_SIZE];
         let mut start = 0;
-        for extent in &self.extents[extents.clone()] {
+        for extent in extents {
             let len = extent.len_bytes as usize;
-            spool.read_at(&mut raw[start..start + len], extent.offset_bytes)?;
+            spool.read(&mut raw[start..start + len], extent.at)?;
             start += len.next_multiple_of(BLOCK_SIZE);
         }
-        Ok(raw)
+        Ok(Chunk::Raw(raw))
     }
 
     /// Puts a piece at the end of the data area, in the chunk that is being filled. Returns its first block.
-    fn push(&mut self, offset_bytes: u64, len_bytes: u64) -> Result<u32> {
+    fn push(&mut self, at: PieceAt, len_bytes: u64) -> Result<u32> {
         let blocks = u32::try_from(len_bytes.div_ceil(BLOCK_SIZE as u64)).unwrap_or(u32::MAX);
         let len_bytes = u32::try_from(len_bytes).unwrap_or(u32::MAX);
         let first = self.blocks;
         let end = first.checked_add(blocks).filter(|end| *end <= MAX_BLOCKS);
         self.blocks = end.ok_or_else(|| Error::unsupported("a layer of more than 16 TiB"))?;
-        self.extents.push(Extent { offset_bytes, len_bytes });
+        self.extents.push(Extent { at, len_bytes });
         Ok(first)
     }
 
@@ -100,19 +108,21 @@ pub(crate) fn place(layer: &mut Layer, spool: &Spool) -> Result<Plan> {
     let mut plan = Plan::default();
     let mut first_blocks: HashMap<ContentId, Vec<u32>> = HashMap::with_capacity(order.len());
     pack_small(&mut plan, spool, order.iter().filter(is_small), &mut first_blocks)?;
-    // First blocks of the pieces of large files, by their place in the spool.
-    let mut placed: HashMap<u64, u32> = HashMap::new();
+    // First blocks of the pieces of large files.
+    let mut placed: HashMap<ChunkId, u32> = HashMap::new();
     for id in order.iter().filter(|id| !is_small(id)) {
         let content = spool.content(*id);
         let mut blocks = Vec::with_capacity(content.stored.len());
         for piece in &content.stored {
-            if let Some(first) = placed.get(&piece.offset_bytes) {
-                blocks.push(*first);
-                continue;
-            }
-            let first = plan.push(piece.offset_bytes, content.piece_len_bytes(piece.piece))?;
-            plan.end_chunk(first);
-            placed.insert(piece.offset_bytes, first);
+            let PieceAt::Chunk(number) = piece.at else { continue };
+            let first = match placed.entry(spool.chunk(number)?.id) {
+                Entry::Occupied(equal) => *equal.get(),
+                Entry::Vacant(new) => {
+                    let first = plan.push(piece.at, content.piece_len_bytes(piece.piece))?;
+                    plan.end_chunk(first);
+                    *new.insert(first)
+                }
+            };
             blocks.push(first);
         }
         first_blocks.insert(*id, blocks);
@@ -155,9 +165,11 @@ fn pack_small<'a>(
             plan.end_chunk(pack_start);
             pack_start = plan.blocks;
         }
-        let first = plan.push(piece.offset_bytes, content.size_bytes)?;
+        let first = plan.push(piece.at, content.size_bytes)?;
         first_blocks.insert(*id, vec![first]);
-        if plan.blocks - pack_start >= PACK_BLOCKS_MIN && content.identity.0[0] & PACK_END_MASK == 0 {
+        if plan.blocks - pack_start >= PACK_BLOCKS_MIN
+            && content.identity.is_some_and(|identity| identity.0[0] & PACK_END_MASK == 0)
+        {
             plan.end_chunk(pack_start);
             pack_start = plan.blocks;
         }

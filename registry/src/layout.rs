@@ -1,7 +1,8 @@
 //! OCI layout directories (OCI image spec, image-layout.md).
 //!
 //! Files appear under their final name complete or not at all: a blob is written to a temporary file beside its place,
-//! hashed on the way, synced and renamed; `index.json` likewise. Whoever changes `index.json` holds a lock on the
+//! hashed on the way, synced and renamed, or, made by this program in a file without a name, synced and linked;
+//! `index.json` as the former. Whoever changes `index.json` holds a lock on the
 //! `oci-layout` file, which is never replaced, so processes that push into one directory at once lose none of each other's
 //! tags. Readers need no lock. Work here blocks; [`crate::Repository`] runs it on tokio's blocking threads.
 
@@ -9,11 +10,12 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::Read;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use rustix::fs::{AtFlags, CWD, linkat};
 use sha2::{Digest as _, Sha256};
 
 use crate::MAX_MANIFEST_BYTES;
@@ -28,7 +30,7 @@ mod index;
 mod temporary;
 
 use index::Index;
-use temporary::{Temporary, remove_leftovers};
+use temporary::{Temporary, remove_leftovers, sync_parent, writing};
 
 /// image-layout.md, "oci-layout file".
 const VERSION_FILE: &str = "oci-layout";
@@ -111,7 +113,9 @@ impl Layout {
             BlobSource::Bytes(bytes) => self.write_blob(digest, size_bytes, &mut bytes.as_ref())?,
             BlobSource::File(path) => {
                 let mut file = File::open(path).map_err(|cause| reading(path, cause))?;
-                self.write_blob(digest, size_bytes, &mut file)?;
+                if !self.link_blob(digest, size_bytes, path, &file)? {
+                    self.write_blob(digest, size_bytes, &mut file)?;
+                }
             }
         }
         Ok(Pushed::Uploaded)
@@ -184,6 +188,24 @@ impl Layout {
         // In the order of their digests: every reader sees the same.
         found.sort_by_key(|entry| entry.digest);
         Ok(found)
+    }
+
+    /// Gives a file its name here that has none anywhere, if it is on the same file system: whoever made it hashed it
+    /// as it was written, and nobody else can have changed it. False where that is not possible.
+    fn link_blob(&self, digest: &Digest, size_bytes: u64, path: &Path, file: &File) -> Result<bool> {
+        let metadata = file.metadata().map_err(|cause| reading(path, cause))?;
+        if metadata.nlink() > 0 || metadata.len() != size_bytes {
+            return Ok(false);
+        }
+        self.create()?;
+        let place = self.blob_path(digest);
+        file.sync_all().map_err(|cause| writing(&place, cause))?;
+        // What it refuses is copied: another file system, a name that is taken, a file that is not to be linked.
+        if linkat(CWD, path, CWD, &place, AtFlags::SYMLINK_FOLLOW).is_err() {
+            return Ok(false);
+        }
+        sync_parent(&place)?;
+        Ok(true)
     }
 
     /// Copies, verifies, syncs and names a blob.

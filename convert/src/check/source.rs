@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,7 @@ use super::blob::CheckedBlob;
 use super::tree;
 use crate::background;
 use crate::error::{Error, Result};
+use crate::frames::Compress;
 use crate::read_layer::read_layer;
 use crate::source::{self, Platforms, Source, SourceLayer};
 use crate::spool::{Content, ContentId, PIECE_BYTES, Spool};
@@ -50,7 +52,7 @@ pub(super) async fn open(
 pub(super) async fn compare(layer: SourceLayer, found: Tree, blob: CheckedBlob, tmpdir: PathBuf) -> Result<u64> {
     let input = layer.open().await?;
     background::run(move || {
-        let mut spool = Spool::new(&tmpdir)?;
+        let mut spool = Spool::new(&tmpdir, TO_COMPARE)?;
         let read = read_layer(input, &layer, &mut spool, &|_| Ok(()))?;
         let raw = blob.raw.as_ref().ok_or_else(|| Error::damaged("its raw stream was not kept"))?;
         let blob_data = BlobData { raw, data_start: u64::from(blob.record.metadata_blocks), dir: &tmpdir };
@@ -68,6 +70,9 @@ pub(super) async fn compare(layer: SourceLayer, found: Tree, blob: CheckedBlob, 
     })
     .await?
 }
+
+/// What is read once and thrown away is compressed a little.
+const TO_COMPARE: Compress = Compress { level: 1, threads: NonZeroUsize::MIN };
 
 /// The tree of a source layer has no sizes yet.
 fn with_sizes(mut tree: Tree, files: &HashMap<NodeId, ContentId>, spool: &Spool) -> Tree {
@@ -96,7 +101,7 @@ impl BlobData<'_> {
             let len = usize::try_from(content.piece_len_bytes(piece)).unwrap_or(PIECE_BYTES);
             let (want, have) = (&mut want[..len], &mut have[..len]);
             match stored.next_if(|stored| stored.piece == piece) {
-                Some(stored) => spool.read_at(want, stored.offset_bytes)?,
+                Some(stored) => spool.read(want, stored.at)?,
                 None => want.fill(0),
             }
             self.read(data, u64::from(piece) * PIECE_BYTES as u64, have)?;

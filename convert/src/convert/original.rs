@@ -15,6 +15,7 @@ use super::context::Context;
 use crate::background;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{LayerInput, Original, SourceLayer};
+use crate::unnamed_file::{path_of, unnamed_file};
 
 /// A layer as the source has it, on its way to the destination.
 pub(super) struct Copy {
@@ -40,7 +41,7 @@ impl Copy {
             return Ok(None);
         }
         let tmpdir = context.options.tmpdir.clone();
-        let file = tempfile::tempfile_in(&tmpdir).map_err(|error| failed(&tmpdir, error))?;
+        let file = unnamed_file(&tmpdir).map_err(|error| failed(&tmpdir, error))?;
         Ok(Some(Self { digest, size_bytes, file, tmpdir }))
     }
 
@@ -71,7 +72,7 @@ impl Copy {
     /// # Errors
     /// Those of the registry.
     pub(super) async fn push(&self, context: &Context) -> Result<()> {
-        let source = BlobSource::File(crate::blob::path_of(&self.file));
+        let source = BlobSource::File(path_of(&self.file));
         context.destination.repository.push_blob(&self.digest, self.size_bytes, source, None).await?;
         Ok(())
     }

@@ -43,6 +43,7 @@ pub(crate) fn read_directory(root: &Path, spool: &mut Spool, advance: &dyn Fn(u6
             }
         }
     }
+    walk.spool.settle()?;
     walk.builder.finish(spool)
 }
 
@@ -175,6 +176,7 @@ fn at(path: &Path, error: std::io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::frames::Compress;
 
     #[test]
     fn holes_are_not_read() {
@@ -182,7 +184,7 @@ mod tests {
         let file = File::create(dir.path().join("sparse")).unwrap();
         file.write_all_at(b"middle", 5 << 30).unwrap();
         file.set_len(10 << 30).unwrap();
-        let mut spool = Spool::new(dir.path()).unwrap();
+        let mut spool = Spool::new(dir.path(), Compress { level: 1, threads: std::num::NonZeroUsize::MIN }).unwrap();
         let read = std::cell::Cell::new(0);
         let advance = |bytes| {
             read.set(read.get() + bytes);

@@ -35,6 +35,7 @@ pub(crate) fn read_tar(input: impl Read, spool: &mut Spool) -> Result<Layer> {
         add_entry(&mut builder, entry, &mut reader, spool).map_err(|error| name_entry(error, &path))?;
     }
     reader.drain()?;
+    spool.settle()?;
     builder.finish(spool)
 }
 

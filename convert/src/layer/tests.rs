@@ -6,15 +6,18 @@ use ublkimg_image::{DeviceNumber, Kind, LowerLink, Meta, NodeId};
 
 use super::{Layer, LayerBuilder, NAME_BYTES_TOTAL_MAX, OPAQUE_XATTR, for_each_path, read_tar};
 use crate::error::Result;
+use crate::frames::Compress;
 use crate::spool::Spool;
 use crate::tar::builder::{HeaderBuilder, TarBuilder};
 use crate::{Error, ErrorKind};
 
 fn read(tar: &TarBuilderBytes) -> Result<(Layer, Spool)> {
-    let mut spool = Spool::new(&std::env::temp_dir())?;
+    let mut spool = Spool::new(&std::env::temp_dir(), HOW)?;
     let layer = read_tar(tar.as_slice(), &mut spool)?;
     Ok((layer, spool))
 }
+
+const HOW: Compress = Compress { level: 1, threads: std::num::NonZeroUsize::MIN };
 
 type TarBuilderBytes = Vec<u8>;
 
@@ -77,7 +80,7 @@ fn content(layer: &Layer, spool: &Spool, path: &str) -> Vec<u8> {
     for piece in &content.stored {
         let start = piece.piece as usize * crate::spool::PIECE_BYTES;
         let len = usize::try_from(content.piece_len_bytes(piece.piece)).unwrap();
-        spool.read_at(&mut bytes[start..start + len], piece.offset_bytes).unwrap();
+        spool.read(&mut bytes[start..start + len], piece.at).unwrap();
     }
     bytes
 }
@@ -309,7 +312,7 @@ fn paths_that_links_make_long_are_counted() {
             }
         }
         builder.name_bytes = NAME_BYTES_TOTAL_MAX - 100_000;
-        let spool = Spool::new(&std::env::temp_dir()).unwrap();
+        let spool = Spool::new(&std::env::temp_dir(), HOW).unwrap();
         assert_eq!(builder.finish(&spool).unwrap_err().kind(), ErrorKind::Unsupported);
     }
 }

@@ -16,6 +16,8 @@ use crate::spool::Spool;
 use crate::tar::builder::{HeaderBuilder, TarBuilder};
 use crate::{Error, ErrorKind};
 
+const HOW: Compress = Compress { level: 1, threads: NonZeroUsize::MIN };
+
 fn tar() -> TarBuilder {
     TarBuilder::default()
 }
@@ -23,7 +25,7 @@ fn tar() -> TarBuilder {
 fn merge(layers: impl IntoIterator<Item = TarBuilder>) -> Result<ublkimg_image::Tree> {
     let mut merge = Merge::new();
     for tar in layers {
-        let mut spool = Spool::new(&std::env::temp_dir())?;
+        let mut spool = Spool::new(&std::env::temp_dir(), HOW)?;
         let layer = read_tar(tar.finish().as_slice(), &mut spool)?;
         merge.apply(&layer.tree, &layer.record, &ChunkIndexBuilder::new(0).finish())?;
     }
@@ -158,10 +160,9 @@ fn equal_pieces_have_one_address_in_the_image() {
     let mut merge = Merge::new();
     for files in layers {
         let tar = files.iter().fold(tar(), |tar, (name, text)| tar.file(name, &pieces(text)));
-        let mut spool = Spool::new(&dir).unwrap();
+        let mut spool = Spool::new(&dir, HOW).unwrap();
         let layer = read_tar(tar.finish().as_slice(), &mut spool).unwrap();
-        let how = Compress { level: 1, threads: NonZeroUsize::MIN };
-        let blob = write_layer_blob(layer, &spool, &dir, how, &|_| Ok(())).unwrap();
+        let blob = write_layer_blob(layer, &spool, &dir, HOW, &|_| Ok(())).unwrap();
         let (tree, _) = read_tree(&blob.metadata).unwrap();
         merge.apply(&tree, &blob.record, &blob.index).unwrap();
     }

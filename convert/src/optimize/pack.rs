@@ -8,7 +8,7 @@ use ublkimg_image::{BLOCK_SIZE, HotFrame, HotTable};
 use super::blocks::OrderedBlocks;
 use crate::blob::{Blob, BlobWriter};
 use crate::error::Result;
-use crate::frames::{Compress, compress};
+use crate::frames::{Chunk, Compress, compress};
 
 /// Blocks of one frame: as many as of a chunk, so that what holds a chunk holds a frame. Smaller ones compress worse;
 /// larger ones arrive later than the first of their blocks is needed.
@@ -27,14 +27,14 @@ pub(super) fn pack(
 ) -> Result<(Blob, HotTable)> {
     let mut writer = BlobWriter::new(dir)?;
     let mut table = HotTable { frames: Vec::with_capacity(count.div_ceil(FRAME_BLOCKS)) };
-    let read = |frame: usize| blocks.read(frame * FRAME_BLOCKS..count.min((frame + 1) * FRAME_BLOCKS));
+    let read = |frame: usize| blocks.read(frame * FRAME_BLOCKS..count.min((frame + 1) * FRAME_BLOCKS)).map(Chunk::Raw);
     let uncompressed_digest = compress(how, count.div_ceil(FRAME_BLOCKS), read, |frame| {
         table.frames.push(HotFrame {
             stored_len_bytes: u32::try_from(frame.stored.len()).unwrap_or(u32::MAX),
-            blocks: u16::try_from(frame.raw_len_bytes / BLOCK_SIZE as u64).unwrap_or(u16::MAX),
+            blocks: u16::try_from(frame.raw.len() / BLOCK_SIZE).unwrap_or(u16::MAX),
             digest: frame.id.0,
         });
-        advance(frame.raw_len_bytes);
+        advance(frame.raw.len() as u64);
         writer.write(&frame.stored)
     })?;
     Ok((writer.finish(&[], uncompressed_digest)?, table))

@@ -1,16 +1,18 @@
 //! Cuts follow files.
 
 use std::collections::HashSet;
+use std::num::NonZeroUsize;
 
 use ublkimg_image::{BLOCK_SIZE, CHUNK_BLOCKS, DataBlock, FileData, FileLayout, Kind, Sha256, Space};
 
 use super::{Plan, place};
+use crate::frames::{Chunk, Compress};
 use crate::layer::{Layer, read_tar};
 use crate::spool::Spool;
 use crate::tar::builder::TarBuilder;
 
 fn lay_out(tar: TarBuilder) -> (Layer, Spool, Plan) {
-    let mut spool = Spool::new(&std::env::temp_dir()).unwrap();
+    let mut spool = Spool::new(&std::env::temp_dir(), Compress { level: 1, threads: NonZeroUsize::MIN }).unwrap();
     let mut layer = read_tar(tar.finish().as_slice(), &mut spool).unwrap();
     let plan = place(&mut layer, &spool).unwrap();
     (layer, spool, plan)
@@ -24,7 +26,11 @@ fn file(layer: &Layer, path: &str) -> FileData {
 }
 
 fn chunks(spool: &Spool, plan: &Plan) -> Vec<Vec<u8>> {
-    (0..plan.chunks()).map(|number| plan.read_chunk(number, spool).unwrap()).collect()
+    let raw = |chunk| match chunk {
+        Chunk::Raw(raw) => raw,
+        Chunk::Stored { frame, .. } => zstd::bulk::decompress(&frame, CHUNK_BLOCKS as usize * BLOCK_SIZE).unwrap(),
+    };
+    (0..plan.chunks()).map(|number| raw(plan.read_chunk(number, spool).unwrap())).collect()
 }
 
 fn bytes(seed: usize, len: usize) -> Vec<u8> {

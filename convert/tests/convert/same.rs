@@ -71,9 +71,9 @@ async fn digests_are_pinned() {
     let image = &converted.images[0];
     let digests = image.layers.iter().map(|layer| layer.digest).chain([image.manifest]);
     let expected = [
-        "sha256:222d05c42f96c4bec1f2d3bc262935abbfd96e052639bc4c500173f1ee2ca1fd",
-        "sha256:6d0b41eda8ddcea8b5e127333518db66d0477d3d444125dd5882c1f04fb7b1ce",
-        "sha256:b13e951971574c886ab4c3f2ea8b1ff6591bd061a0f06856a086593218b2d55a",
+        "sha256:f0bbce849537476d9d83cbd8b2dde86f67849d297073cdaf50c9d4dcc1f32593",
+        "sha256:ee21459481a954643059ffa37775e15d3a07d01830d979b82aa7de47693e8e68",
+        "sha256:a35c6aa18aa556adf2751b625ff03e914ae21eb7f7caa2da5d4eb455b031bce3",
     ];
     assert_eq!(digests.map(|digest| digest.to_string()).collect::<Vec<_>>(), expected);
 }

@@ -95,11 +95,11 @@ fn is_named(file: &File) -> bool {
 }
 
 /// A rename is durable when the directory is.
-fn sync_parent(place: &Path) -> Result<()> {
+pub(super) fn sync_parent(place: &Path) -> Result<()> {
     let Some(parent) = place.parent() else { return Ok(()) };
     File::open(parent).and_then(|dir| dir.sync_all()).map_err(|cause| writing(place, cause))
 }
 
-fn writing(path: &Path, cause: std::io::Error) -> Error {
+pub(super) fn writing(path: &Path, cause: std::io::Error) -> Error {
     Error::io(format_args!("writing {}", path.display()), cause)
 }

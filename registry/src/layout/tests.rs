@@ -1,3 +1,8 @@
+use std::io::Write as _;
+use std::os::fd::AsRawFd as _;
+
+use rustix::fs::{Mode, OFlags};
+
 use super::*;
 use crate::error::ErrorKind;
 
@@ -92,6 +97,37 @@ fn blobs_are_verified_on_the_way_in() {
     let error = layout.push_blob(&Digest::of(b""), 0, &BlobSource::File("/nonexistent/x".into())).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Io);
     assert!(error.to_string().starts_with("reading /nonexistent/x: "), "{error}");
+}
+
+#[test]
+fn a_file_without_a_name_gets_one_and_others_are_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = layout(&dir, None);
+    let bytes = b"0123456789";
+    let (digest, place) = (Digest::of(bytes), layout.blob_path(&Digest::of(bytes)));
+    let named = dir.path().join("named");
+    fs::write(&named, bytes).unwrap();
+    layout.push_blob(&digest, 10, &BlobSource::File(named.clone())).unwrap();
+    assert_eq!(fs::metadata(&named).unwrap().nlink(), 1);
+    fs::remove_file(&place).unwrap();
+
+    let flags = OFlags::TMPFILE | OFlags::RDWR;
+    let Ok(unnamed) = rustix::fs::open(dir.path(), flags, Mode::from_raw_mode(0o666)) else {
+        println!("SKIP: this file system has no files without names");
+        return;
+    };
+    let mut file = File::from(unnamed);
+    file.write_all(bytes).unwrap();
+    let source = BlobSource::File(format!("/proc/self/fd/{}", file.as_raw_fd()).into());
+    assert_eq!(layout.push_blob(&digest, 10, &source).unwrap(), Pushed::Uploaded);
+    assert_eq!(fs::metadata(&place).unwrap().ino(), file.metadata().unwrap().ino());
+    assert_eq!(fs::read(&place).unwrap(), bytes);
+    assert_eq!(layout.push_blob(&digest, 10, &source).unwrap(), Pushed::Existed);
+    // A name that is taken by something else: it has one already, so it is copied and checked.
+    fs::remove_file(&place).unwrap();
+    fs::write(&place, b"half").unwrap();
+    assert_eq!(layout.push_blob(&digest, 10, &source).unwrap(), Pushed::Uploaded);
+    assert_eq!(fs::read(&place).unwrap(), bytes);
 }
 
 #[test]
