@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use ublkimg_convert::ChunkSize;
 
 pub(crate) use self::attach::{AttachArguments, DataPathArgument, OnTimeout};
 pub(crate) use self::registry::RegistryOptions;
@@ -146,6 +147,9 @@ pub(crate) struct Convert {
     /// zstd level of the chunks
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
     pub(crate) level: i32,
+    /// Most bytes of a chunk, which is what a read that misses fetches: 64K, 128K or 256K. Smaller ones compress worse
+    #[arg(long, value_name = "SIZE", default_value = "256K")]
+    pub(crate) chunk_size: ChunkSize,
     /// Threads that compress (default: all cores)
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<std::num::NonZeroUsize>,

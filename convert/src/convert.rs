@@ -16,6 +16,7 @@ use futures_util::stream::{self, Stream, StreamExt as _};
 use ublkimg_registry::descriptor::{Descriptor, Platform};
 use ublkimg_registry::{ClientOptions, Location};
 
+use crate::chunk_size::ChunkSize;
 use crate::config::Config;
 use crate::converted_layer::{ConvertedLayer, settings};
 use crate::destination::Destination;
@@ -49,6 +50,8 @@ pub struct Options {
     pub tmpdir: PathBuf,
     /// zstd level, 1 to 22. Part of the settings that decide the output.
     pub level: i32,
+    /// The grain of layer blobs; 256 KiB by default. Part of the settings, too.
+    pub chunk_size: ChunkSize,
     /// Threads that compress; all cores by default. Does not change the output.
     pub threads: NonZeroUsize,
     /// Directory of the conversion cache; `None` = there is none, the default.
@@ -65,6 +68,7 @@ impl Default for Options {
             keep_original: false,
             tmpdir: std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from),
             level: 3,
+            chunk_size: ChunkSize::default(),
             threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             cache: None,
             reuse: Vec::new(),
@@ -93,7 +97,7 @@ pub async fn convert(
     check(source, destination, options)?;
     let destination = Destination::open(destination, &options.client).await?;
     let images = source::open(source, &options.client, &options.platforms).await?;
-    let settings = settings(options.level);
+    let settings = settings(options.level, options.chunk_size);
     let cache = options.cache.as_deref();
     let reuse = Reuse::open(cache, &destination.location, &options.reuse, &options.client, settings.clone()).await?;
     let source_repository = source.location().and_then(Destination::name_of);

@@ -3,6 +3,8 @@
 use ublkimg_image::ChunkIndex;
 use ublkimg_registry::erofs_manifest::LayerRef;
 
+use crate::chunk_size::ChunkSize;
+
 /// The format of layer blobs as this converter writes them. Raised when the same layer and level become other bytes, so
 /// that nothing made before is taken for what would be made now.
 const CONVERTER: &str = "ublkimg-2";
@@ -20,6 +22,6 @@ pub(crate) struct ConvertedLayer {
 }
 
 /// All that decides the bytes of a layer blob beside its source layer, as a text to be compared.
-pub(crate) fn settings(level: i32) -> String {
-    format!("{CONVERTER} zstd-{} level-{level}", zstd::zstd_safe::version_string())
+pub(crate) fn settings(level: i32, chunk_size: ChunkSize) -> String {
+    format!("{CONVERTER} zstd-{} level-{level} chunk-{chunk_size}", zstd::zstd_safe::version_string())
 }

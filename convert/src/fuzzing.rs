@@ -6,6 +6,7 @@ use std::num::NonZeroUsize;
 use ublkimg_image::{DeviceSlot, MergeRecord, read_tree, write_merged};
 
 use crate::blob::write_layer_blob;
+use crate::chunk_size::ChunkSize;
 use crate::compression::Decompressor;
 use crate::error::Result;
 use crate::frames::Compress;
@@ -71,7 +72,7 @@ fn try_layers(archives: &[&[u8]]) -> Result<()> {
     let mut devices = Vec::new();
     for archive in archives {
         let how = Compress { level: 1, threads: NonZeroUsize::MIN };
-        let mut spool = Spool::new(&dir, how)?;
+        let mut spool = Spool::new(&dir, ChunkSize::default(), how)?;
         let layer = read_tar(repaired(archive).as_slice(), &mut spool)?;
         assert!(spool.len_bytes() <= archive.len() as u64);
         let tree = layer.tree.clone();

@@ -29,6 +29,7 @@ mod background;
 mod blob;
 mod check;
 mod chunk;
+mod chunk_size;
 mod compression;
 mod config;
 mod convert;
@@ -56,6 +57,7 @@ mod trace_file;
 mod unnamed_file;
 
 pub use check::{CheckOptions, CheckedImage, check};
+pub use chunk_size::ChunkSize;
 pub use convert::{ImageSummary, LayerSummary, Options, Summary, convert};
 pub use error::{Error, ErrorKind, Result};
 pub use export::{export, export_file};

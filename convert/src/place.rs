@@ -1,7 +1,7 @@
 //! Where file contents go in a layer blob, and which bytes make a chunk.
 //!
-//! The grain decides what can be shared and what a read costs, so cuts follow files: a file of 256 KiB or more starts a
-//! chunk and is cut every 256 KiB, so an unchanged file has unchanged chunks wherever it moves. Smaller files are packed
+//! The grain decides what can be shared and what a read costs, so cuts follow files: a file of a chunk's size or more starts
+//! a chunk and is cut at that grain, so an unchanged file has unchanged chunks wherever it moves. Smaller files are packed
 //! in path order (what is used together lies together), and a pack ends at a file boundary that the *contents* choose:
 //! when one file changes, the packs after it are cut where they were before. Packs come first, large files after them.
 //! Every file starts at a block; the rest of its last block is zero. Equal contents are stored once, and so are equal pieces
@@ -11,26 +11,21 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
 
-use ublkimg_image::{
-    BLOCK_SIZE, CHUNK_BLOCKS, CHUNK_BYTES, ChunkId, DataBlock, FileData, FileLayout, Kind, MAX_BLOCKS, NodeId, Space,
-    Tree,
-};
+use ublkimg_image::{BLOCK_SIZE, ChunkId, DataBlock, FileData, FileLayout, Kind, MAX_BLOCKS, NodeId, Space, Tree};
 
+use crate::chunk_size::ChunkSize;
 use crate::error::{Error, Result};
 use crate::frames::Chunk;
 use crate::layer::{Layer, for_each_path};
 use crate::spool::{Content, ContentId, PieceAt, Spool};
 
-/// A pack does not end by choice before it has this many blocks (64 KiB): smaller chunks compress badly and cost a
-/// request each.
-const PACK_BLOCKS_MIN: u32 = 16;
+/// A pack does not end by choice before it has this part of a chunk's blocks (64 of 256 KiB): smaller chunks compress badly
+/// and cost a request each.
+const PACK_MIN_PART: u32 = 4;
 
-/// From there on, one file in sixteen ends the pack. With typical small files of 4 to 8 KiB a pack gets 64 KiB and as
-/// much again on average, and seldom reaches the limit of 256 KiB, which is not a content-chosen boundary.
+/// From there on, one file in sixteen ends the pack. With typical small files of 4 to 8 KiB and chunks of 256 KiB a pack
+/// gets 64 KiB and as much again on average, and seldom reaches the limit, which is not a content-chosen boundary.
 const PACK_END_MASK: u8 = 0x0f;
-
-/// Blocks of a chunk as a power of two.
-const CHUNK_BLOCKS_LOG2: u8 = 6;
 
 /// What the data area of a blob holds.
 #[derive(Debug, Default)]
@@ -104,7 +99,7 @@ impl Plan {
 /// `Unsupported` above 16 TiB.
 pub(crate) fn place(layer: &mut Layer, spool: &Spool) -> Result<Plan> {
     let order = contents_in_path_order(&layer.tree, &layer.files, spool);
-    let is_small = |id: &&ContentId| spool.content(**id).size_bytes < CHUNK_BYTES;
+    let is_small = |id: &&ContentId| spool.content(**id).size_bytes < spool.chunk_size().bytes();
     let mut plan = Plan::default();
     let mut first_blocks: HashMap<ContentId, Vec<u32>> = HashMap::with_capacity(order.len());
     pack_small(&mut plan, spool, order.iter().filter(is_small), &mut first_blocks)?;
@@ -129,7 +124,7 @@ pub(crate) fn place(layer: &mut Layer, spool: &Spool) -> Result<Plan> {
     }
     for (node, id) in &layer.files {
         let content = spool.content(*id);
-        let layout = layout(content, first_blocks.get(id).map(Vec::as_slice).unwrap_or_default());
+        let layout = layout(content, spool.chunk_size(), first_blocks.get(id).map(Vec::as_slice).unwrap_or_default());
         let data = FileData { size_bytes: content.size_bytes, layout };
         layer.tree.node_mut(*node).kind = Kind::File(data);
     }
@@ -156,18 +151,19 @@ fn pack_small<'a>(
     contents: impl Iterator<Item = &'a ContentId>,
     first_blocks: &mut HashMap<ContentId, Vec<u32>>,
 ) -> Result<()> {
+    let chunk_blocks = spool.chunk_size().blocks();
     let mut pack_start = 0;
     for id in contents {
         let content = spool.content(*id);
         let Some(piece) = content.stored.first() else { continue };
         let blocks = content.size_bytes.div_ceil(BLOCK_SIZE as u64);
-        if u64::from(plan.blocks - pack_start) + blocks > u64::from(CHUNK_BLOCKS) {
+        if u64::from(plan.blocks - pack_start) + blocks > u64::from(chunk_blocks) {
             plan.end_chunk(pack_start);
             pack_start = plan.blocks;
         }
         let first = plan.push(piece.at, content.size_bytes)?;
         first_blocks.insert(*id, vec![first]);
-        if plan.blocks - pack_start >= PACK_BLOCKS_MIN
+        if plan.blocks - pack_start >= chunk_blocks / PACK_MIN_PART
             && content.identity.is_some_and(|identity| identity.0[0] & PACK_END_MASK == 0)
         {
             plan.end_chunk(pack_start);
@@ -179,12 +175,12 @@ fn pack_small<'a>(
 }
 
 /// `first_blocks`: of the stored pieces.
-fn layout(content: &Content, first_blocks: &[u32]) -> FileLayout {
+fn layout(content: &Content, chunk_size: ChunkSize, first_blocks: &[u32]) -> FileLayout {
     let own = |block: u32| DataBlock { space: Space::Own, block };
     if content.size_bytes == 0 {
         return FileData::EMPTY.layout;
     }
-    let in_one_run = first_blocks.windows(2).all(|pair| pair[0] + CHUNK_BLOCKS == pair[1]);
+    let in_one_run = first_blocks.windows(2).all(|pair| pair[0] + chunk_size.blocks() == pair[1]);
     if !content.has_holes()
         && in_one_run
         && let Some(first) = first_blocks.first()
@@ -195,7 +191,7 @@ fn layout(content: &Content, first_blocks: &[u32]) -> FileLayout {
     for (piece, block) in content.stored.iter().zip(first_blocks) {
         blocks[piece.piece as usize] = Some(own(*block));
     }
-    FileLayout::Chunked { chunk_blocks_log2: CHUNK_BLOCKS_LOG2, blocks }
+    FileLayout::Chunked { chunk_blocks_log2: chunk_size.blocks_log2(), blocks }
 }
 
 #[cfg(test)]

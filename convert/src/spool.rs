@@ -19,16 +19,18 @@ use std::path::{Path, PathBuf};
 
 use ublkimg_image::{BLOCK_SIZE, CHUNK_BYTES, ChunkId, Sha256};
 
+use crate::chunk_size::ChunkSize;
 use crate::error::{Error, Result};
 use crate::frames::{Chunk, Compress, Frame, Frames};
 
 pub(crate) use writer::ContentWriter;
 
-/// Bytes of a piece: the grain of holes and of large files' chunks.
+/// Most bytes of a piece: the grain of holes and of large files' chunks.
 #[expect(clippy::cast_possible_truncation, reason = "256 KiB")]
 pub(crate) const PIECE_BYTES: usize = CHUNK_BYTES as usize;
 
-/// Most pieces, stored or holes, of the files with holes in one layer: 1 TiB. Each takes four bytes of metadata.
+/// Most pieces, stored or holes, of the files with holes in one layer: 1 TiB of the largest pieces. Each takes four bytes of
+/// metadata.
 const HOLED_PIECES_MAX: u64 = 4 << 20;
 
 /// Names a content of one [`Spool`].
@@ -39,6 +41,8 @@ pub(crate) struct ContentId(u32);
 #[derive(Debug)]
 pub(crate) struct Content {
     pub(crate) size_bytes: u64,
+    /// Of a piece; the last one may be shorter.
+    pub(crate) piece_bytes: u64,
     /// Of a small content: a digest of its size and bytes.
     pub(crate) identity: Option<Sha256>,
     /// The pieces that are not holes, in order.
@@ -48,12 +52,12 @@ pub(crate) struct Content {
 impl Content {
     /// Number of pieces, holes included.
     pub(crate) fn pieces(&self) -> u64 {
-        self.size_bytes.div_ceil(CHUNK_BYTES)
+        self.size_bytes.div_ceil(self.piece_bytes)
     }
 
     /// Bytes of a piece: all have the full length but the last.
     pub(crate) fn piece_len_bytes(&self, piece: u32) -> u64 {
-        (self.size_bytes - u64::from(piece) * CHUNK_BYTES).min(CHUNK_BYTES)
+        (self.size_bytes - u64::from(piece) * self.piece_bytes).min(self.piece_bytes)
     }
 
     /// Whether some piece is a hole.
@@ -105,6 +109,7 @@ pub(crate) struct Spool {
     /// The pieces of large contents, by number; some 100 bytes for each 256 KiB of the layer, with `by_id`.
     chunks: Vec<StoredChunk>,
     by_id: HashMap<ChunkId, StoredChunk>,
+    chunk_size: ChunkSize,
     how: Compress,
     /// What compresses them, while it does.
     frames: Option<Frames>,
@@ -116,11 +121,11 @@ pub(crate) struct Spool {
 }
 
 impl Spool {
-    /// An empty spool in a file without a name in `dir`.
+    /// An empty spool in a file without a name in `dir`. Contents of `chunk_size` and more are large.
     ///
     /// # Errors
     /// `DiskFull`, `NotFound` or `Io` naming the directory.
-    pub(crate) fn new(dir: &Path, how: Compress) -> Result<Self> {
+    pub(crate) fn new(dir: &Path, chunk_size: ChunkSize, how: Compress) -> Result<Self> {
         let file = tempfile::tempfile_in(dir)
             .map_err(|error| Error::io(format!("temporary directory {}", dir.display()), error))?;
         Ok(Self {
@@ -132,11 +137,12 @@ impl Spool {
             by_identity: HashMap::new(),
             chunks: Vec::new(),
             by_id: HashMap::new(),
+            chunk_size,
             how,
             frames: None,
             chunks_begun: 0,
             holed_pieces: 0,
-            buffer: Vec::with_capacity(PIECE_BYTES),
+            buffer: Vec::with_capacity(chunk_size.bytes_usize()),
         })
     }
 
@@ -164,6 +170,11 @@ impl Spool {
     /// Bytes of the contents, before they are compressed; of equal small ones, those of one.
     pub(crate) fn len_bytes(&self) -> u64 {
         self.len_bytes
+    }
+
+    /// The grain.
+    pub(crate) fn chunk_size(&self) -> ChunkSize {
+        self.chunk_size
     }
 
     /// Number of different contents.
@@ -231,7 +242,7 @@ impl Spool {
     /// Has the piece in the buffer compressed.
     fn compress(&mut self) -> Result<ChunkNumber> {
         self.len_bytes += self.buffer.len() as u64;
-        let mut raw = std::mem::replace(&mut self.buffer, Vec::with_capacity(PIECE_BYTES));
+        let mut raw = std::mem::replace(&mut self.buffer, Vec::with_capacity(self.chunk_size.bytes_usize()));
         raw.resize(raw.len().next_multiple_of(BLOCK_SIZE), 0);
         let how = self.how;
         let frame = self.frames.get_or_insert_with(|| Frames::new(how)).push(Chunk::Raw(raw))?;

@@ -48,6 +48,7 @@ pub(super) fn run(command: &Convert) -> anyhow::Result<()> {
         keep_original: command.index,
         tmpdir: command.tmpdir.clone(),
         level: command.level,
+        chunk_size: command.chunk_size,
         threads: command.threads.unwrap_or(defaults.threads),
         cache: cache(command),
         reuse: command.reuse.iter().map(|text| super::location(text)).collect::<anyhow::Result<_>>()?,

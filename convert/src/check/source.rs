@@ -12,6 +12,7 @@ use ublkimg_registry::ClientOptions;
 use super::blob::CheckedBlob;
 use super::tree;
 use crate::background;
+use crate::chunk_size::ChunkSize;
 use crate::error::{Error, Result};
 use crate::frames::Compress;
 use crate::read_layer::read_layer;
@@ -52,7 +53,7 @@ pub(super) async fn open(
 pub(super) async fn compare(layer: SourceLayer, found: Tree, blob: CheckedBlob, tmpdir: PathBuf) -> Result<u64> {
     let input = layer.open().await?;
     background::run(move || {
-        let mut spool = Spool::new(&tmpdir, TO_COMPARE)?;
+        let mut spool = Spool::new(&tmpdir, ChunkSize::MAX, TO_COMPARE)?;
         let read = read_layer(input, &layer, &mut spool, &|_| Ok(()))?;
         let raw = blob.raw.as_ref().ok_or_else(|| Error::damaged("its raw stream was not kept"))?;
         let blob_data = BlobData { raw, data_start: u64::from(blob.record.metadata_blocks), dir: &tmpdir };

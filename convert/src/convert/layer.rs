@@ -79,7 +79,7 @@ fn read_and_write(
     let options = &context.options;
     check_room(&options.tmpdir, layer.size_bytes)?;
     let how = Compress { level: options.level, threads: options.threads };
-    let mut spool = Spool::new(&options.tmpdir, how)?;
+    let mut spool = Spool::new(&options.tmpdir, options.chunk_size, how)?;
     let task = position.task(Phase::Read);
     context.progress.start(&task, layer.size_bytes);
     let read = read_layer(input, layer, &mut spool, &|bytes| context.advance(&task, bytes))?;

@@ -176,6 +176,7 @@ fn at(path: &Path, error: std::io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chunk_size::ChunkSize;
     use crate::frames::Compress;
 
     #[test]
@@ -184,7 +185,9 @@ mod tests {
         let file = File::create(dir.path().join("sparse")).unwrap();
         file.write_all_at(b"middle", 5 << 30).unwrap();
         file.set_len(10 << 30).unwrap();
-        let mut spool = Spool::new(dir.path(), Compress { level: 1, threads: std::num::NonZeroUsize::MIN }).unwrap();
+        let mut spool =
+            Spool::new(dir.path(), ChunkSize::MAX, Compress { level: 1, threads: std::num::NonZeroUsize::MIN })
+                .unwrap();
         let read = std::cell::Cell::new(0);
         let advance = |bytes| {
             read.set(read.get() + bytes);

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use ublkimg_image::{DeviceNumber, Kind, LowerLink, Meta, NodeId};
 
 use super::{Layer, LayerBuilder, NAME_BYTES_TOTAL_MAX, OPAQUE_XATTR, for_each_path, read_tar};
+use crate::chunk_size::ChunkSize;
 use crate::error::Result;
 use crate::frames::Compress;
 use crate::spool::Spool;
@@ -12,7 +13,7 @@ use crate::tar::builder::{HeaderBuilder, TarBuilder};
 use crate::{Error, ErrorKind};
 
 fn read(tar: &TarBuilderBytes) -> Result<(Layer, Spool)> {
-    let mut spool = Spool::new(&std::env::temp_dir(), HOW)?;
+    let mut spool = Spool::new(&std::env::temp_dir(), ChunkSize::MAX, HOW)?;
     let layer = read_tar(tar.as_slice(), &mut spool)?;
     Ok((layer, spool))
 }
@@ -312,7 +313,7 @@ fn paths_that_links_make_long_are_counted() {
             }
         }
         builder.name_bytes = NAME_BYTES_TOTAL_MAX - 100_000;
-        let spool = Spool::new(&std::env::temp_dir(), HOW).unwrap();
+        let spool = Spool::new(&std::env::temp_dir(), ChunkSize::MAX, HOW).unwrap();
         assert_eq!(builder.finish(&spool).unwrap_err().kind(), ErrorKind::Unsupported);
     }
 }

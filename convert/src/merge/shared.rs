@@ -6,12 +6,12 @@
 
 use std::collections::HashMap;
 
-use ublkimg_image::{BLOCK_SIZE, CHUNK_BLOCKS, ChunkId, ChunkIndex, DataBlock, FileData, FileLayout, Space};
+use ublkimg_image::{BLOCK_SIZE, ChunkId, ChunkIndex, DataBlock, FileData, FileLayout, Space};
 
 use crate::error::{Error, Result};
 
-/// Blocks of a piece as a power of two: the grain of chunks, and so of what can be elsewhere.
-const PIECE_BLOCKS_LOG2: u8 = 6;
+/// Blocks of a piece as a power of two, at most: the grain of chunks, and so of what can be elsewhere.
+const PIECE_BLOCKS_LOG2_MAX: u8 = 6;
 
 /// The first place of each chunk of the layers so far. Some 70 bytes for each 256 KiB of data.
 #[derive(Debug, Default)]
@@ -52,7 +52,10 @@ impl DevicePlaces<'_> {
         }
         let (log2, pieces) = match &data.layout {
             // One run in the layer: its pieces may lie apart in the image.
-            FileLayout::Contiguous(first) => (PIECE_BLOCKS_LOG2, pieces_of_run(*first, data.size_bytes)?),
+            FileLayout::Contiguous(first) => {
+                let log2 = self.grain_log2(self.own(*first)?);
+                (log2, pieces_of_run(*first, data.size_bytes, log2)?)
+            }
             FileLayout::Chunked { chunk_blocks_log2, blocks } => (*chunk_blocks_log2, blocks.clone()),
         };
         let piece_blocks = 1_u64 << log2;
@@ -75,6 +78,17 @@ impl DevicePlaces<'_> {
         Ok(DataBlock { space: Space::Device(self.device), block })
     }
 
+    /// The grain of a run that begins there, as a power of two: the first chunk of a file that has several is full.
+    fn grain_log2(&self, own: DataBlock) -> u8 {
+        let start = u64::from(own.block) * BLOCK_SIZE as u64;
+        let first = (start < self.index.raw_len_bytes()).then(|| self.index.chunk(self.index.find(start)));
+        let log2 =
+            first.map(|chunk| (chunk.raw.end - chunk.raw.start) / BLOCK_SIZE as u64).filter(|n| n.is_power_of_two());
+        log2.and_then(|blocks| u8::try_from(blocks.ilog2()).ok())
+            .unwrap_or(PIECE_BLOCKS_LOG2_MAX)
+            .min(PIECE_BLOCKS_LOG2_MAX)
+    }
+
     /// Where that many blocks are read: elsewhere only if one chunk holds them all.
     fn place(&self, own: DataBlock, blocks: u64) -> DataBlock {
         let start = u64::from(own.block) * BLOCK_SIZE as u64;
@@ -90,12 +104,12 @@ impl DevicePlaces<'_> {
     }
 }
 
-fn pieces_of_run(first: DataBlock, size_bytes: u64) -> Result<Vec<Option<DataBlock>>> {
+fn pieces_of_run(first: DataBlock, size_bytes: u64, log2: u8) -> Result<Vec<Option<DataBlock>>> {
     let piece = |start: u64| {
         let block = u32::try_from(start).ok().and_then(|start| first.block.checked_add(start));
         Ok(Some(DataBlock { block: block.ok_or_else(too_far)?, ..first }))
     };
-    (0..size_bytes.div_ceil(BLOCK_SIZE as u64)).step_by(CHUNK_BLOCKS as usize).map(piece).collect()
+    (0..size_bytes.div_ceil(BLOCK_SIZE as u64)).step_by(1 << log2).map(piece).collect()
 }
 
 /// Pieces that lie one after another are one run.

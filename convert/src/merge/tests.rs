@@ -3,12 +3,11 @@
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
 
-use ublkimg_image::{
-    CHUNK_BLOCKS, CHUNK_BYTES, ChunkIndexBuilder, DataBlock, DeviceNumber, FileLayout, Kind, NodeId, Space, read_tree,
-};
+use ublkimg_image::{ChunkIndexBuilder, DataBlock, DeviceNumber, FileLayout, Kind, NodeId, Space, read_tree};
 
 use super::Merge;
 use crate::blob::write_layer_blob;
+use crate::chunk_size::ChunkSize;
 use crate::error::Result;
 use crate::frames::Compress;
 use crate::layer::{OPAQUE_XATTR, for_each_path, read_tar};
@@ -25,7 +24,7 @@ fn tar() -> TarBuilder {
 fn merge(layers: impl IntoIterator<Item = TarBuilder>) -> Result<ublkimg_image::Tree> {
     let mut merge = Merge::new();
     for tar in layers {
-        let mut spool = Spool::new(&std::env::temp_dir(), HOW)?;
+        let mut spool = Spool::new(&std::env::temp_dir(), ChunkSize::MAX, HOW)?;
         let layer = read_tar(tar.finish().as_slice(), &mut spool)?;
         merge.apply(&layer.tree, &layer.record, &ChunkIndexBuilder::new(0).finish())?;
     }
@@ -140,17 +139,21 @@ fn plain_devices_0_0_are_not_whiteouts() {
     assert_eq!(shape([tar().file("a", b"1"), device]), "ac0,0");
 }
 
-/// A file: a letter for each piece of 256 KiB, a digit for a short one at the end.
-fn pieces(text: &str) -> Vec<u8> {
+/// A file: a letter for each piece of a chunk, a digit for a short one at the end.
+fn pieces(text: &str, chunk_size: ChunkSize) -> Vec<u8> {
     let piece = |letter: u8| match letter {
         b'0'..=b'9' => vec![letter; 100 + usize::from(letter)],
-        _ => (0..CHUNK_BYTES).map(|at| u8::try_from(at % u64::from(letter)).unwrap()).collect(),
+        _ => (0..chunk_size.bytes()).map(|at| u8::try_from(at % u64::from(letter)).unwrap()).collect(),
     };
     text.bytes().flat_map(piece).collect()
 }
 
 #[test]
 fn equal_pieces_have_one_address_in_the_image() {
+    ["64K", "256K"].into_iter().for_each(|size| equal_pieces(size.parse().unwrap()));
+}
+
+fn equal_pieces(chunk_size: ChunkSize) {
     let layers = [
         &[("a", "xyx1"), ("b", "yx1"), ("run", "pqr"), ("small", "1")][..],
         &[("c", "zyx2"), ("d", "xyx1"), ("part", "qrp"), ("small-too", "1"), ("run", "pqr")],
@@ -159,8 +162,8 @@ fn equal_pieces_have_one_address_in_the_image() {
     let dir = std::env::temp_dir();
     let mut merge = Merge::new();
     for files in layers {
-        let tar = files.iter().fold(tar(), |tar, (name, text)| tar.file(name, &pieces(text)));
-        let mut spool = Spool::new(&dir, HOW).unwrap();
+        let tar = files.iter().fold(tar(), |tar, (name, text)| tar.file(name, &pieces(text, chunk_size)));
+        let mut spool = Spool::new(&dir, chunk_size, HOW).unwrap();
         let layer = read_tar(tar.finish().as_slice(), &mut spool).unwrap();
         let blob = write_layer_blob(layer, &spool, &dir, HOW, &|_| Ok(())).unwrap();
         let (tree, _) = read_tree(&blob.metadata).unwrap();
@@ -170,13 +173,15 @@ fn equal_pieces_have_one_address_in_the_image() {
     let mut addresses: HashMap<(char, bool), DataBlock> = HashMap::new();
     for (name, text) in layers.iter().copied().flatten() {
         let Kind::File(data) = &tree.node(tree.lookup(name.as_bytes()).unwrap()).kind else { panic!("{name}") };
-        assert_eq!(data.size_bytes, pieces(text).len() as u64);
+        assert_eq!(data.size_bytes, pieces(text, chunk_size).len() as u64);
         let found: Vec<DataBlock> = match &data.layout {
             FileLayout::Contiguous(first) => (0..)
-                .map(|piece| DataBlock { block: first.block + piece * CHUNK_BLOCKS, ..*first })
+                .map(|piece| DataBlock { block: first.block + piece * chunk_size.blocks(), ..*first })
                 .take(text.len())
                 .collect(),
-            FileLayout::Chunked { chunk_blocks_log2: 6, blocks } => blocks.iter().map(|block| block.unwrap()).collect(),
+            FileLayout::Chunked { chunk_blocks_log2, blocks } if 1 << chunk_blocks_log2 == chunk_size.blocks() => {
+                blocks.iter().map(|block| block.unwrap()).collect()
+            }
             FileLayout::Chunked { .. } => panic!("{name}"),
         };
         assert_eq!(found.len(), text.len());

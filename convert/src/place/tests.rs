@@ -6,13 +6,19 @@ use std::num::NonZeroUsize;
 use ublkimg_image::{BLOCK_SIZE, CHUNK_BLOCKS, DataBlock, FileData, FileLayout, Kind, Sha256, Space};
 
 use super::{Plan, place};
+use crate::chunk_size::ChunkSize;
 use crate::frames::{Chunk, Compress};
 use crate::layer::{Layer, read_tar};
 use crate::spool::Spool;
 use crate::tar::builder::TarBuilder;
 
 fn lay_out(tar: TarBuilder) -> (Layer, Spool, Plan) {
-    let mut spool = Spool::new(&std::env::temp_dir(), Compress { level: 1, threads: NonZeroUsize::MIN }).unwrap();
+    lay_out_in(tar, ChunkSize::MAX)
+}
+
+fn lay_out_in(tar: TarBuilder, chunk_size: ChunkSize) -> (Layer, Spool, Plan) {
+    let how = Compress { level: 1, threads: NonZeroUsize::MIN };
+    let mut spool = Spool::new(&std::env::temp_dir(), chunk_size, how).unwrap();
     let mut layer = read_tar(tar.finish().as_slice(), &mut spool).unwrap();
     let plan = place(&mut layer, &spool).unwrap();
     (layer, spool, plan)
@@ -39,21 +45,25 @@ fn bytes(seed: usize, len: usize) -> Vec<u8> {
 
 #[test]
 fn every_file_is_where_its_layout_says() {
-    let sizes = [1, 4095, 4096, 4097, 100_000, 262_143, 262_144, 262_145, 600_000];
-    let mut tar = TarBuilder::default();
-    for (number, size) in sizes.iter().enumerate() {
-        tar = tar.file(&format!("f{number}"), &bytes(number, *size));
-    }
-    let (layer, spool, plan) = lay_out(tar);
-    let raw = chunks(&spool, &plan).concat();
-    assert_eq!(raw.len(), plan.blocks as usize * BLOCK_SIZE);
-    for (number, size) in sizes.iter().enumerate() {
-        let data = file(&layer, &format!("f{number}"));
-        let FileLayout::Contiguous(DataBlock { space: Space::Own, block }) = data.layout else { panic!("{data:?}") };
-        let start = block as usize * BLOCK_SIZE;
-        assert_eq!(raw[start..start + size], bytes(number, *size));
-        let end = (start + size).next_multiple_of(BLOCK_SIZE);
-        assert!(raw[start + size..end].iter().all(|byte| *byte == 0), "the tail of the last block is zero");
+    let sizes = [1, 4095, 4096, 4097, 65_535, 65_536, 100_000, 131_073, 262_143, 262_144, 262_145, 600_000];
+    for chunk_size in ["64K", "128K", "256K"].map(|size| size.parse::<ChunkSize>().unwrap()) {
+        let files = sizes.iter().enumerate();
+        let tar = files.fold(TarBuilder::default(), |tar, (n, size)| tar.file(&format!("f{n}"), &bytes(n, *size)));
+        let (layer, spool, plan) = lay_out_in(tar, chunk_size);
+        let chunks = chunks(&spool, &plan);
+        assert_eq!(chunks.iter().map(Vec::len).max(), Some(chunk_size.bytes_usize()));
+        let raw = chunks.concat();
+        assert_eq!(raw.len(), plan.blocks as usize * BLOCK_SIZE);
+        for (number, size) in sizes.iter().enumerate() {
+            let data = file(&layer, &format!("f{number}"));
+            let FileLayout::Contiguous(DataBlock { space: Space::Own, block }) = data.layout else {
+                panic!("{data:?}")
+            };
+            let start = block as usize * BLOCK_SIZE;
+            assert_eq!(raw[start..start + size], bytes(number, *size));
+            let end = (start + size).next_multiple_of(BLOCK_SIZE);
+            assert!(raw[start + size..end].iter().all(|byte| *byte == 0), "the tail of the last block is zero");
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use super::*;
 
 fn spool() -> Spool {
     let how = Compress { level: 1, threads: std::num::NonZeroUsize::MIN };
-    Spool::new(&std::env::temp_dir(), how).unwrap()
+    Spool::new(&std::env::temp_dir(), ChunkSize::MAX, how).unwrap()
 }
 
 fn add(spool: &mut Spool, data: &[u8]) -> ContentId {

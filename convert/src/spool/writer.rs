@@ -1,9 +1,9 @@
 //! One content on its way into the spool, piece by piece.
 
 use sha2::Digest as _;
-use ublkimg_image::{CHUNK_BYTES, Sha256};
+use ublkimg_image::Sha256;
 
-use super::{Content, ContentId, HOLED_PIECES_MAX, PIECE_BYTES, PieceAt, Spool, StoredPiece};
+use super::{Content, ContentId, HOLED_PIECES_MAX, PieceAt, Spool, StoredPiece};
 use crate::error::{Error, Result};
 use crate::hashing::finish;
 
@@ -14,6 +14,7 @@ const STORED: u8 = 1;
 /// Writes one content into a [`Spool`].
 pub(crate) struct ContentWriter<'a> {
     spool: &'a mut Spool,
+    piece_bytes: usize,
     stored: Vec<StoredPiece>,
     size_bytes: u64,
 }
@@ -21,19 +22,19 @@ pub(crate) struct ContentWriter<'a> {
 impl<'a> ContentWriter<'a> {
     pub(super) fn new(spool: &'a mut Spool) -> Self {
         spool.buffer.clear();
-        Self { spool, stored: Vec::new(), size_bytes: 0 }
+        Self { piece_bytes: spool.chunk_size.bytes_usize(), spool, stored: Vec::new(), size_bytes: 0 }
     }
 
     /// Appends bytes.
     pub(crate) fn data(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
-            let room = PIECE_BYTES - self.spool.buffer.len();
+            let room = self.piece_bytes - self.spool.buffer.len();
             let (now, later) = bytes.split_at(bytes.len().min(room));
             self.spool.buffer.extend_from_slice(now);
             // Not sooner: the length at its end is what numbers a piece.
             self.size_bytes += now.len() as u64;
             bytes = later;
-            if self.spool.buffer.len() == PIECE_BYTES {
+            if self.spool.buffer.len() == self.piece_bytes {
                 self.end_piece()?;
             }
         }
@@ -42,22 +43,21 @@ impl<'a> ContentWriter<'a> {
 
     /// Appends that many zero bytes.
     pub(crate) fn zeros(&mut self, len_bytes: u64) -> Result<()> {
-        let too_sparse = || Error::unsupported("sparse files of more than 1 TiB in one layer");
         let end_bytes = self.size_bytes.checked_add(len_bytes).ok_or_else(too_sparse)?;
-        if end_bytes / CHUNK_BYTES > HOLED_PIECES_MAX {
+        if end_bytes / self.piece_bytes as u64 > HOLED_PIECES_MAX {
             return Err(too_sparse());
         }
         let mut left = len_bytes;
         while left > 0 {
-            let room = PIECE_BYTES - self.spool.buffer.len();
+            let room = self.piece_bytes - self.spool.buffer.len();
             let now = usize::try_from(left).map_or(room, |left| left.min(room));
-            if now == PIECE_BYTES {
-                self.size_bytes += CHUNK_BYTES;
+            if now == self.piece_bytes {
+                self.size_bytes += now as u64;
             } else {
                 self.size_bytes += now as u64;
                 let filled = self.spool.buffer.len() + now;
                 self.spool.buffer.resize(filled, 0);
-                if filled == PIECE_BYTES {
+                if filled == self.piece_bytes {
                     self.end_piece()?;
                 }
             }
@@ -69,7 +69,7 @@ impl<'a> ContentWriter<'a> {
     /// Ends a piece of a large content: it is compressed unless it is zeros.
     fn end_piece(&mut self) -> Result<()> {
         if !self.is_zeros() {
-            let piece = u32::try_from((self.size_bytes - 1) / CHUNK_BYTES)
+            let piece = u32::try_from((self.size_bytes - 1) / self.piece_bytes as u64)
                 .map_err(|_| Error::unsupported("a file of more than 1 PiB"))?;
             self.stored.push(StoredPiece { piece, at: PieceAt::Chunk(self.spool.compress()?) });
         }
@@ -86,7 +86,7 @@ impl<'a> ContentWriter<'a> {
     /// # Errors
     /// `DiskFull` or `Io` naming the spool's directory; `Unsupported` for too many files or holes.
     pub(crate) fn finish(mut self) -> Result<ContentId> {
-        if self.size_bytes < CHUNK_BYTES {
+        if self.size_bytes < self.piece_bytes as u64 {
             return self.finish_small();
         }
         if !self.spool.buffer.is_empty() {
@@ -118,11 +118,16 @@ impl<'a> ContentWriter<'a> {
 
     fn add(self, identity: Option<Sha256>) -> Result<ContentId> {
         let spool = self.spool;
-        let content = Content { size_bytes: self.size_bytes, identity, stored: self.stored };
+        let content = Content {
+            size_bytes: self.size_bytes,
+            piece_bytes: self.piece_bytes as u64,
+            identity,
+            stored: self.stored,
+        };
         if content.has_holes() {
             spool.holed_pieces += content.pieces();
             if spool.holed_pieces > HOLED_PIECES_MAX {
-                return Err(Error::unsupported("sparse files of more than 1 TiB in one layer"));
+                return Err(too_sparse());
             }
         }
         let id = u32::try_from(spool.contents.len()).map_err(|_| Error::unsupported("2^32 files in one layer"))?;
@@ -131,4 +136,8 @@ impl<'a> ContentWriter<'a> {
         spool.by_identity.extend(identity.map(|identity| (identity, id)));
         Ok(id)
     }
+}
+
+fn too_sparse() -> Error {
+    Error::unsupported(format!("sparse files of more than {HOLED_PIECES_MAX} chunks in one layer"))
 }

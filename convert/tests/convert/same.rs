@@ -73,7 +73,7 @@ async fn digests_are_pinned() {
     let expected = [
         "sha256:f0bbce849537476d9d83cbd8b2dde86f67849d297073cdaf50c9d4dcc1f32593",
         "sha256:ee21459481a954643059ffa37775e15d3a07d01830d979b82aa7de47693e8e68",
-        "sha256:a35c6aa18aa556adf2751b625ff03e914ae21eb7f7caa2da5d4eb455b031bce3",
+        "sha256:175415d0726571ea09c24076728f97302fe13d0dccb0be21e863bfb3e9410f09",
     ];
     assert_eq!(digests.map(|digest| digest.to_string()).collect::<Vec<_>>(), expected);
 }

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::{check_layer_blobs, exported, fixture, run, tree};
+use ublkimg_convert::{ChunkSize, Options};
+
+use crate::{check_layer_blobs, exported, fixture, run_with, tree};
 
 /// Whether umoci and what is needed to compare with it is here; says if not.
 pub(crate) fn is_there() -> bool {
@@ -20,13 +22,14 @@ pub(crate) fn is_there() -> bool {
 
 /// Unpacks the image `tag` of the OCI layout `plain`, converts the one at `source`, and returns what is different between
 /// the two trees. Checks what comes out with erofs-utils, and each layer blob alone.
-pub(crate) async fn differences(plain: &Path, tag: &str, source: &str) -> Vec<String> {
+pub(crate) async fn differences(plain: &Path, tag: &str, source: &str, chunk_size: ChunkSize) -> Vec<String> {
     let dir = tempfile::tempdir().unwrap();
     let expected = dir.path().join("unpacked");
     let image = format!("{}:{tag}", plain.display());
     fixture::command("umoci", &["raw", "unpack", "--image", &image, expected.to_str().unwrap()], dir.path());
     let destination = format!("oci:{}/converted:v1", dir.path().display());
-    let summary = run(source, &destination).await.unwrap();
+    let options = Options { chunk_size, ..Options::default() };
+    let summary = run_with(source, &destination, &options).await.unwrap();
     let flat = exported(&destination).await;
     fixture::fsck(flat.path());
     let mut differences = Vec::new();
@@ -50,7 +53,8 @@ async fn images_of_packages_make_the_same_tree_as_umoci_does() {
     layouts.sort();
     assert!(!layouts.is_empty());
     for layout in layouts {
-        let differences = differences(&layout, "latest", &format!("oci:{}:latest", layout.display())).await;
+        let source = format!("oci:{}:latest", layout.display());
+        let differences = differences(&layout, "latest", &source, ChunkSize::default()).await;
         assert!(differences.is_empty(), "{}: {}", layout.display(), differences.join("\n"));
         println!("{}: the same", layout.display());
     }

@@ -32,6 +32,9 @@ struct Arguments {
     /// zstd levels to convert with
     #[arg(long, value_delimiter = ',', default_value = "3")]
     levels: Vec<i32>,
+    /// Sizes of chunks to convert with
+    #[arg(long, value_delimiter = ',', default_value = "256K")]
+    chunk_sizes: Vec<String>,
     /// Rounds
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -50,9 +53,9 @@ struct Arguments {
 #[derive(Serialize)]
 struct Arm {
     name: String,
-    /// What is converted, and the level; none packs the tree otherwise.
+    /// What is converted, and the options; none packs the tree otherwise.
     #[serde(skip)]
-    source: Option<(String, i32)>,
+    source: Option<(String, Vec<String>)>,
     wall_s: Vec<f64>,
     cpu_s: Vec<f64>,
     peak_mb: Vec<f64>,
@@ -81,9 +84,13 @@ fn main() -> Result<()> {
     }
     let mut arms = vec![Arm::new("tar, zstd -3".to_owned(), None)];
     for (of, source) in &sources {
-        let converting =
-            |level: &i32| Arm::new(format!("ublkimg convert --level {level}{of}"), Some((source.clone(), *level)));
-        arms.extend(arguments.levels.iter().map(converting));
+        for (level, size) in
+            arguments.levels.iter().flat_map(|level| arguments.chunk_sizes.iter().map(move |size| (level, size)))
+        {
+            let options = ["--level", &level.to_string(), "--chunk-size", size].map(str::to_owned).to_vec();
+            let name = format!("ublkimg convert {}{of}", options.join(" "));
+            arms.push(Arm::new(name, Some((source.clone(), options))));
+        }
     }
     for _ in 0..arguments.rounds {
         for arm in &mut arms {
@@ -97,7 +104,7 @@ fn main() -> Result<()> {
 }
 
 impl Arm {
-    fn new(name: String, source: Option<(String, i32)>) -> Self {
+    fn new(name: String, source: Option<(String, Vec<String>)>) -> Self {
         Self { name, source, wall_s: Vec::new(), cpu_s: Vec::new(), peak_mb: Vec::new(), stored_mb: Vec::new() }
     }
 
@@ -119,9 +126,11 @@ impl Arm {
                     Command::new("zstd").args(["-q", "-3", "-o"]).arg(out.join("tar.zst")).stdin(packed).spawn()?;
                 watch(vec![tar, zstd])?
             }
-            Some((source, level)) => {
+            Some((source, options)) => {
                 let convert = Command::new(&arguments.program)
-                    .args(["convert", "--no-cache", "--level", &level.to_string(), "--tmpdir"])
+                    .args(["convert", "--no-cache"])
+                    .args(options)
+                    .arg("--tmpdir")
                     .arg(work)
                     .arg(source)
                     .arg(format!("oci:{}:bench", out.join("layout").display()))

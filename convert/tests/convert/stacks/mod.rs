@@ -40,7 +40,8 @@ async fn check(seed: u64) {
     push_plain(&location("plain"), &stack).await;
     push_odd(&location("odd"), &stack, &mut Random::new(!seed)).await;
 
-    let differences = umoci::differences(&dir.path().join("plain"), "v1", &location("odd")).await;
+    let chunk_size = ["64K", "128K", "256K"][usize::try_from(seed % 3).unwrap()].parse().unwrap();
+    let differences = umoci::differences(&dir.path().join("plain"), "v1", &location("odd"), chunk_size).await;
     assert!(differences.is_empty(), "seed {seed}: {}", differences.join("\n"));
 }
 
