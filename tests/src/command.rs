@@ -49,7 +49,11 @@ pub struct Outcome {
 
 /// `ublkimg` with its state and sockets below `root`, and no credentials or settings of the user.
 pub fn ublkimg(root: &Path) -> Invocation {
-    let mut command = Command::new(ublkimg_path());
+    Invocation { command: isolated(Command::new(ublkimg_path()), root), timeout: TIMEOUT }
+}
+
+/// Such a command, that may run `ublkimg` in its turn.
+pub(crate) fn isolated(mut command: Command, root: &Path) -> Command {
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
         if text.starts_with("UBLKIMG_") || text.starts_with("XDG_") || text.to_lowercase().ends_with("_proxy") {
@@ -65,7 +69,7 @@ pub fn ublkimg(root: &Path) -> Invocation {
         .env("TMPDIR", root)
         .env("UBLKIMG_ROOT", root.join("store"))
         .env("UBLKIMG_RUN_DIR", root.join("run"));
-    Invocation { command, timeout: TIMEOUT }
+    command
 }
 
 impl Invocation {

@@ -3,12 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::command::{Outcome, ublkimg};
+use crate::command::{Outcome, isolated, ublkimg, ublkimg_path};
 use crate::leaks;
 use crate::oci_layout::{Compression, Layer, OciLayout};
 use crate::registry::{Auth, Config, TestRegistry};
@@ -101,6 +102,22 @@ impl Host {
     /// Runs a command with this host's directories.
     pub fn ublkimg(&self, arguments: &[&str]) -> Outcome {
         ublkimg(self.root.path()).args(arguments).run()
+    }
+
+    /// Starts the daemon by a command that runs the words after its own, as `strace`, `unshare` and `prlimit` do, and waits
+    /// until it listens.
+    pub fn daemon_under(&self, wrapper: &[&str]) -> Child {
+        let mut command = Command::new(wrapper[0]);
+        command.args(&wrapper[1..]).arg(ublkimg_path()).arg("daemon");
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut daemon = isolated(command, self.root.path()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !self.root.join("run/daemon.sock").exists() {
+            assert_eq!(daemon.try_wait().unwrap(), None, "the daemon under {wrapper:?} ended");
+            assert!(Instant::now() < deadline, "the daemon under {wrapper:?} does not listen");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        daemon
     }
 
     /// `ublkimg add` of `repository:v1` with more arguments.

@@ -6,6 +6,7 @@ pub mod command;
 pub mod compare;
 pub mod docker_registry;
 pub mod expected_tree;
+pub mod fault_row;
 pub mod host;
 pub mod http;
 pub mod leaks;
