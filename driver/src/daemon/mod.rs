@@ -16,6 +16,7 @@
 mod attached;
 pub mod cache;
 pub mod client;
+mod descriptors;
 pub mod guard;
 mod listener;
 mod locks;

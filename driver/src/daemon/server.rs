@@ -25,7 +25,7 @@ use super::recording::finish_all;
 use super::start::Starting;
 use super::state::{DeviceRecord, Records, boot_id};
 use super::takeover::{self, HANDED_OVER_EXIT_CODE, Known};
-use super::{Directories, cache, listener, names, recovery};
+use super::{Directories, cache, descriptors, listener, names, recovery};
 use crate::attach::{AttachOptions, LoadedImage, ProfileSource, attach};
 use crate::device::{Prepared, QueueOptions};
 use crate::engine::Engine;
@@ -66,7 +66,7 @@ pub struct ServerOptions {
 pub fn run_server(options: ServerOptions) -> Result<()> {
     let ServerOptions { directories, limits, takes_over } = options;
     directories.create().map_err(|(path, error)| Error::io(format!("cannot create {}", path.display()), error))?;
-    raise_open_files();
+    descriptors::raise_limit();
     // Who waits for a page of ours may be who is to be killed for memory: take others first.
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJUSTMENT) {
         tracing::debug!("the score for the lack of memory is as it was: {error}");
@@ -115,16 +115,6 @@ fn learn_kept_chunks(runtime: &tokio::runtime::Handle, store: &Arc<Store>) {
             tracing::warn!("store: chunks of earlier images may be fetched again: {}", error.chain());
         }
     });
-}
-
-/// A blob file in use takes four descriptors: the limit that a shell gives (1024) is soon reached.
-fn raise_open_files() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
-    if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        tracing::warn!("at most {:?} files can be open: {error}", limit.current);
-    }
 }
 
 /// Opens the store, waiting for a server that was killed to let go of it.
@@ -267,6 +257,7 @@ impl Server {
             let text = format!("{name} serves {} already: give another --name", attached.record.reference);
             return Err(Error::new(ErrorKind::Busy, text));
         }
+        descriptors::check_room()?;
         let transport = blocking(move || kernel::choose(request.transport)).await?;
         let location: Location = parse_location(&request.reference)?;
         let holds_reads = request.holds_reads;
@@ -276,6 +267,7 @@ impl Server {
         options.profile = source(&request.start.profile)?;
         options.command = command(&request.start.command);
         let loaded = attach(&self.store, &self.engine, &location, &options).await?;
+        descriptors::check_room()?;
         let record = DeviceRecord {
             name,
             reference: request.reference,
