@@ -1,5 +1,7 @@
 //! Which file a block of a layer blob belongs to.
 
+use std::ops::Range;
+
 use super::{Trace, distinct_blobs};
 use crate::tree::{FileData, FileLayout, Kind, NodeId, Space};
 use crate::{BLOCK_SIZE, Geometry, Sha256, Tree};
@@ -61,10 +63,26 @@ impl TouchedFile {
     }
 }
 
+/// A part of a file that lies in one run of blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FilePart {
+    /// The file; [`FileMap::path`] has its path.
+    pub file: NodeId,
+    /// Where in the file it begins, in blocks.
+    pub file_block: u64,
+    /// Its length in blocks.
+    pub blocks: u32,
+}
+
+/// What [`FileMap`] calls the blob of an image without a device table: its own data, block 0 right after the metadata.
+pub const OWN_DATA: Sha256 = Sha256([0; 32]);
+
 impl<'a> FileMap<'a> {
-    /// Of a merged image, as [`read_tree`](crate::read_tree) gives it.
+    /// Of an image as [`read_tree`](crate::read_tree) gives it. The data of one without a device table is that of the blob
+    /// [`OWN_DATA`].
     pub fn new(tree: &'a Tree, geometry: &Geometry) -> Self {
-        let (blobs, blob_of) = distinct_blobs(geometry.devices.iter().map(|device| device.tag));
+        let own = geometry.devices.is_empty().then_some(OWN_DATA);
+        let (blobs, blob_of) = distinct_blobs(geometry.devices.iter().map(|device| device.tag).chain(own));
         let mut names = vec![None; tree.len()];
         let mut extents = Vec::new();
         let mut pending = vec![NodeId::ROOT];
@@ -94,6 +112,22 @@ impl<'a> FileMap<'a> {
         let extent = self.overlapping(blob, block, 1).next()?;
         let block = extent.file_block + u64::from(block - extent.block);
         Some((extent.file, block * BLOCK_SIZE as u64))
+    }
+
+    /// The parts of files that lie in these blocks, in the order of the blocks.
+    pub fn parts(&self, blob: Sha256, blocks: Range<u32>) -> impl Iterator<Item = FilePart> {
+        let extents = self.blob_number(blob).into_iter().flat_map({
+            let blocks = blocks.clone();
+            move |blob| self.overlapping(blob, blocks.start, blocks.end.saturating_sub(blocks.start))
+        });
+        extents.map(move |extent| {
+            let start = extent.block.max(blocks.start);
+            FilePart {
+                file: extent.file,
+                file_block: extent.file_block + u64::from(start - extent.block),
+                blocks: (extent.block + extent.blocks).min(blocks.end) - start,
+            }
+        })
     }
 
     /// The path of a file: names joined by slashes, none at the start.
@@ -180,14 +214,22 @@ pub(super) fn file_extents(file: NodeId, data: &FileData, blob_of: &[u16]) -> Ve
     let mut file_block = 0;
     for piece in pieces {
         let blocks = piece_blocks.min(size_blocks.saturating_sub(file_block));
-        if let Some((data_block, Space::Device(device))) = piece.map(|block| (block.block, block.space))
-            && let (Some(blob), Ok(blocks)) = (blob_of.get(usize::from(device)), u32::try_from(blocks))
+        if let Some(data) = piece
+            && let (Some(blob), Ok(blocks)) = (blob_of.get(place_of(data.space)), u32::try_from(blocks))
         {
-            extents.push(Extent { blob: *blob, block: data_block, blocks, file_block, file });
+            extents.push(Extent { blob: *blob, block: data.block, blocks, file_block, file });
         }
         file_block += blocks;
     }
     extents
+}
+
+/// In the device table; an image without one has its own data alone.
+fn place_of(space: Space) -> usize {
+    match space {
+        Space::Device(device) => usize::from(device),
+        Space::Own => 0,
+    }
 }
 
 /// Sorted, and each block kept by the extent that starts first; of several with one start, by the first of them.

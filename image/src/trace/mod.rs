@@ -20,7 +20,7 @@ mod varint;
 
 pub use coalesce::{COALESCE_GAP_US, coalesce};
 pub use diff::{DiffRun, DiffSide, TraceDiff, diff};
-pub use files::{FileMap, FileUsage, TouchedFile};
+pub use files::{FileMap, FilePart, FileUsage, OWN_DATA, TouchedFile};
 pub use log::{LOG_BATCH_ENTRIES_MAX, LogEnd, TraceLog};
 pub use merge::{MergeError, merge};
 pub use paths::{PathTrace, SkipReason, SkippedPath, from_paths};
