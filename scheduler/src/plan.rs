@@ -58,6 +58,8 @@ pub(crate) struct Plan {
     ranks: Vec<(ChunkKey, u32)>,
     /// A bit for each rank that was read.
     read: Vec<u64>,
+    /// A bit for each rank that need not be, because it was pushed; none before the first is.
+    pushed: Vec<u64>,
     /// Ranks to be considered now, and the parts that were skipped, in ascending order.
     current: Range<u32>,
     skipped: Vec<Range<u32>>,
@@ -99,6 +101,7 @@ impl Plan {
             sure,
             ranks,
             read: vec![0; order.len().div_ceil(64)],
+            pushed: Vec::new(),
             current: 0..len(&order),
             entries: order,
             skipped: Vec::new(),
@@ -228,6 +231,13 @@ impl Plan {
         self.stands_in = true;
     }
 
+    /// Blocks of a chunk are pushed: the guard does not ask whether it was read.
+    pub(crate) fn pushed(&mut self, chunk: ChunkKey) {
+        let Some(rank) = self.rank(chunk) else { return };
+        self.pushed.resize(self.read.len(), 0);
+        self.pushed[rank as usize / 64] |= 1 << (rank % 64);
+    }
+
     /// A chunk is read. `is_first` says whether it is so for the first time, for chunks that the plan does not know.
     /// Returns whether the plan knows the chunk.
     pub(crate) fn read(&mut self, chunk: ChunkKey, is_first: bool, now: Now) -> bool {
@@ -271,8 +281,10 @@ impl Plan {
         }
         self.position = self.position.max(rank);
         while self.judged + REORDER_RANKS < self.position {
-            let read = self.read[self.judged as usize / 64] >> (self.judged % 64) & 1 == 1;
-            self.guard.due(read);
+            let (word, bit) = (self.judged as usize / 64, 1 << (self.judged % 64));
+            if self.pushed.get(word).is_none_or(|pushed| pushed & bit == 0) {
+                self.guard.due(self.read[word] & bit != 0);
+            }
             self.judged += 1;
         }
         false

@@ -67,6 +67,34 @@ fn a_read_that_it_does_not_know_pauses_it_until_one_that_it_knows() {
 }
 
 #[test]
+fn what_is_pushed_need_not_be_read() {
+    let follow = |is_pushed: bool| {
+        let mut plan = plan(0..4000);
+        take(&mut plan, 4000);
+        for chunk in 0..4000 {
+            if chunk % 8 == 7 {
+                plan.read(key(chunk), true, Now::ZERO);
+            } else if is_pushed {
+                plan.pushed(key(chunk));
+            }
+        }
+        plan.pushed(key(5000));
+        plan.level()
+    };
+    assert_eq!(follow(true), Level::Followed);
+    assert_eq!(follow(false), Level::Dropped);
+}
+
+#[test]
+fn reads_that_a_plan_does_not_know_drop_it_whatever_is_pushed() {
+    let mut plan = plan(0..4000);
+    (0..1000).for_each(|chunk| plan.pushed(key(chunk)));
+    plan.read(key(5000), true, Now::ZERO);
+    plan.read(key(5001), true, Now::ZERO);
+    assert_eq!(plan.level(), Level::Dropped);
+}
+
+#[test]
 fn a_reader_far_ahead_is_followed_and_what_was_skipped_comes_last() {
     let mut plan = plan(0..1000);
     assert_eq!(take(&mut plan, 10).len(), 10);

@@ -75,6 +75,11 @@ impl Scheduler {
             Event::SetFill { image, mode, blobs } => self.set_fill(image, mode, blobs),
             Event::Demand { image, ticket, chunks } => self.demand(image, ticket, chunks, now, actions),
             Event::Touch { image, chunk } => self.touch(image, chunk, now),
+            Event::Pushed { image, chunk } => {
+                if let Some(plan) = self.images.get_mut(&image).and_then(|image| image.plan.as_mut()) {
+                    plan.pushed(chunk);
+                }
+            }
             Event::FirstByte { fetch } => self.first_byte(fetch, now),
             Event::Arrived { chunk } => self.arrived(chunk, now),
             Event::Local { chunk } => self.local(chunk, now),

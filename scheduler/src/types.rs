@@ -159,6 +159,14 @@ pub enum Event<'a> {
         /// The chunk.
         chunk: ChunkKey,
     },
+    /// Blocks of a chunk of the plan are pushed into the page cache: no read of it may come, and that it does not says
+    /// nothing against the plan.
+    Pushed {
+        /// Whose device.
+        image: ImageKey,
+        /// The chunk.
+        chunk: ChunkKey,
+    },
     /// The first byte of the answer to a fetch has come.
     FirstByte {
         /// The fetch.
