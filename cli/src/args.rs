@@ -496,6 +496,9 @@ pub(crate) struct MountHelper {
     /// Read this many bytes from the start of the device into its page cache
     #[arg(long, default_value_t = 0)]
     pub(crate) warm_bytes: u64,
+    /// Go on in the background, pushing what the profile of the device of this name foretells into the page cache
+    #[arg(long, value_name = "NAME")]
+    pub(crate) warm: Option<String>,
     /// Detach a mount that is in use
     #[arg(long)]
     pub(crate) detach: bool,

@@ -3,7 +3,9 @@
 //! Above the device lies the page cache, so the first read of a block is the only one that a start waits for; a repeated
 //! one is a page that the kernel dropped. Each request that reads a block for the first time is counted once, when it is
 //! answered: a *hit* did not wait, a *late hit* waited for bytes that were on their way, a *miss* for bytes that nobody had
-//! asked for. While a recorder runs it also gets the blocks, in the order in which they were asked for.
+//! asked for. While a recorder runs it also gets the blocks, in the order in which they were asked for. Blocks that are
+//! given to a warmer (see [`crate::warm`]) are nobody's read, whoever asks for them: requests for nothing else are counted
+//! apart, as *pushed*, and are not recorded.
 //!
 //! On the path of a hit there are a few atomics, no lock, no allocation and no log; the clock is read only when a block is
 //! new. The metadata is local before the device starts, and the zeros at its end are nobody's: neither is counted.
@@ -30,6 +32,9 @@ const PENDING_MAX: usize = 1 << 16;
 
 /// No such moment yet.
 const NEVER_US: u64 = u64::MAX;
+
+/// A bit for each block.
+type Bits = Box<[AtomicU64]>;
 
 /// A run of device blocks that were read for the first time by one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +68,8 @@ impl Waited {
 pub struct DeviceRead {
     /// When it came, and the blocks that it reads for the first time; none if there are none.
     first: Option<(Instant, u32)>,
+    /// All of those were given to a warmer.
+    is_pushed: bool,
     waiting: Option<(Instant, Arc<Waited>)>,
 }
 
@@ -91,6 +98,12 @@ pub struct FirstReadStatistics {
     pub stall_us: u64,
     /// Blocks read at least once.
     pub blocks: u64,
+    /// Requests for nothing but blocks that were given to a warmer; not among those above.
+    #[serde(default)]
+    pub pushed: u64,
+    /// Blocks of those; not among those above.
+    #[serde(default)]
+    pub pushed_blocks: u64,
 }
 
 #[derive(Debug, Default)]
@@ -106,12 +119,16 @@ pub(crate) struct FirstReads {
     /// The device blocks of the layer blobs.
     blocks: Range<u32>,
     /// A bit for each of them: 32 KiB for each GiB of image.
-    seen: Box<[AtomicU64]>,
+    seen: Bits,
+    /// The same for those that were given to a warmer; none before there is one.
+    given: OnceLock<Bits>,
     hits: AtomicU64,
     late_hits: AtomicU64,
     misses: AtomicU64,
     stall_us: AtomicU64,
     seen_blocks: AtomicU64,
+    pushed: AtomicU64,
+    pushed_blocks: AtomicU64,
     /// On the clock of the start.
     first_at_us: AtomicU64,
     /// Taken by requests that wait only.
@@ -127,16 +144,18 @@ pub(crate) struct FirstReads {
 impl FirstReads {
     /// For a device whose layer blobs lie at `blocks`, and which began to be attached at `began`.
     pub(crate) fn new(blocks: Range<u32>, began: Instant) -> Self {
-        let words = blocks.len().div_ceil(u64::BITS as usize);
         Self {
             began,
+            seen: no_bits(&blocks),
+            given: OnceLock::new(),
             blocks,
-            seen: (0..words).map(|_| AtomicU64::new(0)).collect(),
             hits: AtomicU64::new(0),
             late_hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
             stall_us: AtomicU64::new(0),
             seen_blocks: AtomicU64::new(0),
+            pushed: AtomicU64::new(0),
+            pushed_blocks: AtomicU64::new(0),
             first_at_us: AtomicU64::new(NEVER_US),
             waiting: Mutex::default(),
             waiting_since_us: AtomicU64::new(NEVER_US),
@@ -149,26 +168,49 @@ impl FirstReads {
 
     /// A request has arrived.
     pub(crate) fn begin(&self, blocks: Range<u32>) -> DeviceRead {
-        let blocks = blocks.start.max(self.blocks.start)..blocks.end.min(self.blocks.end);
-        if blocks.is_empty() || !self.any_new(&blocks) {
+        let Some(blocks) = self.within(&blocks).filter(|blocks| self.any_new(blocks)) else {
             return DeviceRead::default();
-        }
+        };
         let at = Instant::now();
         let at_us = self.start_clock_us_at(at);
         let is_recording = self.is_recording.load(Ordering::Acquire);
-        let mut new_blocks = 0;
+        let (mut new_blocks, mut given_blocks) = (0, 0);
         self.mark(&blocks, |run| {
-            new_blocks += run.end - run.start;
-            if is_recording {
-                self.record(&FirstRead { start_block: run.start, len_blocks: run.end - run.start, at_us });
+            let len_blocks = run.end - run.start;
+            new_blocks += len_blocks;
+            if self.is_given(&run) {
+                given_blocks += len_blocks;
+            } else if is_recording {
+                self.record(&FirstRead { start_block: run.start, len_blocks, at_us });
             }
         });
         if new_blocks == 0 {
             return DeviceRead::default();
         }
-        self.seen_blocks.fetch_add(u64::from(new_blocks), Ordering::Relaxed);
-        self.first_at_us.fetch_min(at_us, Ordering::Relaxed);
-        DeviceRead { first: Some((at, new_blocks)), waiting: None }
+        let is_pushed = given_blocks == new_blocks;
+        if !is_pushed {
+            self.seen_blocks.fetch_add(u64::from(new_blocks), Ordering::Relaxed);
+            self.first_at_us.fetch_min(at_us, Ordering::Relaxed);
+        }
+        DeviceRead { first: Some((at, new_blocks)), is_pushed, waiting: None }
+    }
+
+    /// Gives blocks to a warmer: reads of them are pushes from now on.
+    pub(crate) fn give(&self, blocks: &Range<u32>) {
+        let given = self.given.get_or_init(|| no_bits(&self.blocks));
+        if let Some(blocks) = self.within(blocks) {
+            for (_, word, mask) in self.words(given, &blocks) {
+                word.fetch_or(mask, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Whether all of these blocks were given to a warmer.
+    pub(crate) fn is_given(&self, blocks: &Range<u32>) -> bool {
+        let Some(given) = self.given.get() else { return false };
+        let all =
+            |blocks| self.words(given, &blocks).all(|(_, word, mask)| word.load(Ordering::Relaxed) & mask == mask);
+        self.within(blocks).is_some_and(all)
     }
 
     /// The request is about to wait. Gives what the engine notes the reason in.
@@ -199,6 +241,11 @@ impl FirstReads {
             }
         };
         let (at, blocks) = read.first.filter(|_| with_data)?;
+        if read.is_pushed {
+            self.pushed.fetch_add(1, Ordering::Relaxed);
+            self.pushed_blocks.fetch_add(u64::from(blocks), Ordering::Relaxed);
+            return None;
+        }
         let counter = match outcome {
             ReadOutcome::Hit => &self.hits,
             ReadOutcome::LateHit => &self.late_hits,
@@ -257,6 +304,8 @@ impl FirstReads {
             misses: load(&self.misses),
             stall_us: load(&self.stall_us),
             blocks: load(&self.seen_blocks),
+            pushed: load(&self.pushed),
+            pushed_blocks: load(&self.pushed_blocks),
         }
     }
 
@@ -293,13 +342,19 @@ impl FirstReads {
 
     /// Most requests of a warm device are for blocks that were read: look before writing to a line that others read.
     fn any_new(&self, blocks: &Range<u32>) -> bool {
-        self.words(blocks).any(|(_, word, mask)| word.load(Ordering::Relaxed) & mask != mask)
+        self.words(&self.seen, blocks).any(|(_, word, mask)| word.load(Ordering::Relaxed) & mask != mask)
+    }
+
+    /// What of a range of device blocks is ours, if anything is.
+    fn within(&self, blocks: &Range<u32>) -> Option<Range<u32>> {
+        let ours = blocks.start.max(self.blocks.start)..blocks.end.min(self.blocks.end);
+        (!ours.is_empty()).then_some(ours)
     }
 
     /// Marks blocks as read, and tells the runs that were not.
     fn mark(&self, blocks: &Range<u32>, mut new: impl FnMut(Range<u32>)) {
         let mut run: Range<u32> = 0..0;
-        for (first_block, word, mask) in self.words(blocks) {
+        for (first_block, word, mask) in self.words(&self.seen, blocks) {
             let mut rest = mask & !word.fetch_or(mask, Ordering::Relaxed);
             while rest != 0 {
                 let from = rest.trailing_zeros();
@@ -321,15 +376,21 @@ impl FirstReads {
     }
 
     /// The words of a range of device blocks within ours, each with its first device block and the bits that are meant.
-    fn words(&self, blocks: &Range<u32>) -> impl Iterator<Item = (u32, &AtomicU64, u64)> {
+    fn words<'a>(&self, of: &'a Bits, blocks: &Range<u32>) -> impl Iterator<Item = (u32, &'a AtomicU64, u64)> {
         let (start, end) = (blocks.start - self.blocks.start, blocks.end - self.blocks.start);
+        let ours = self.blocks.start;
         (start / u64::BITS..end.div_ceil(u64::BITS)).map(move |word| {
             let first = word * u64::BITS;
             let from = start.saturating_sub(first);
             let len = (end - first).min(u64::BITS) - from;
-            (self.blocks.start + first, &self.seen[word as usize], bits(from, len))
+            (ours + first, &of[word as usize], bits(from, len))
         })
     }
+}
+
+/// None of the bits of so many blocks.
+fn no_bits(blocks: &Range<u32>) -> Bits {
+    (0..blocks.len().div_ceil(u64::BITS as usize)).map(|_| AtomicU64::new(0)).collect()
 }
 
 /// `len` bits from `from` on; at least one, within 64.
@@ -410,6 +471,29 @@ mod tests {
             reads.begin(block..block + 1);
         }
         assert_eq!((recorded(&reads).len(), reads.lost()), (PENDING_MAX, 7));
+    }
+
+    #[test]
+    fn what_a_warmer_was_given_is_counted_apart_and_not_recorded() {
+        let reads = FirstReads::new(10..1000, Instant::now());
+        reads.start_recording();
+        let read = |blocks| {
+            let read = reads.begin(blocks);
+            assert_eq!(reads.answered(&read, true).is_some(), !read.is_pushed && read.first.is_some());
+        };
+        read(100..104);
+        reads.give(&(0..20));
+        reads.give(&(100..200));
+        assert!(reads.is_given(&(0..20)) && reads.is_given(&(100..200)) && !reads.is_given(&(100..201)));
+        assert!(!reads.is_given(&(0..10)), "metadata is nobody's");
+        read(100..128);
+        read(10..20);
+        read(190..210);
+        read(10..20);
+        let statistics = reads.statistics();
+        assert_eq!((statistics.pushed, statistics.pushed_blocks), (2, 24 + 10));
+        assert_eq!((statistics.hits, statistics.blocks), (2, 4 + 20), "who reads more than was given reads it");
+        assert_eq!(recorded(&reads), [(100, 4), (190, 20)]);
     }
 
     proptest! {

@@ -312,7 +312,7 @@ impl ServedImage {
                     self.push_found(&blob.file, layer + 1, place, at..end, plan);
                 }
                 None => self.each_run(layer, at..end, |run, rank| match rank {
-                    Some((hot, rank)) => self.look_up_hot(hot, blob, &run, rank, plan),
+                    Some((hot, rank)) => self.look_up_hot(hot, layer, &run, rank, plan),
                     None => self.miss_chunks(blob, run, plan),
                 }),
             }
@@ -333,7 +333,8 @@ impl ServedImage {
     }
 
     /// Plans blocks of a layer blob that lie side by side in the hot file, from `rank` on.
-    fn look_up_hot(&self, hot: &ServedHot, blob: &ServedBlob, blocks: &Range<u32>, rank: u32, plan: &mut Plan) {
+    fn look_up_hot(&self, hot: &ServedHot, layer: u16, blocks: &Range<u32>, rank: u32, plan: &mut Plan) {
+        let blob = &self.blobs[usize::from(layer)];
         let mut at = blocks.start;
         while at < blocks.end {
             let rank = rank + (at - blocks.start);
@@ -343,7 +344,9 @@ impl ServedImage {
             if let (Some(place), end) = hot.blob.file.find(rank..rank + len_blocks)
                 && end == rank + len_blocks
             {
-                self.touch_frame(hot, frame);
+                if !self.is_given(layer, &(at..at + len_blocks)) {
+                    self.touch_frame(hot, frame);
+                }
                 self.push_found(&hot.blob.file, self.hot_file(), place, rank..end, plan);
             } else if hot.withdrawn.contains(frame) {
                 self.miss_chunks(blob, at..at + len_blocks, plan);
@@ -390,6 +393,9 @@ impl ServedImage {
     /// Notes blocks that the layer has as read: the frames that foretold them, for others the chunks.
     fn touch(&self, layer: u16, blocks: Range<u32>) {
         let blob = &self.blobs[usize::from(layer)];
+        if self.is_given(layer, &blocks) {
+            return;
+        }
         if self.hot.as_ref().is_none_or(|hot| hot.untouched.load(Ordering::Relaxed) == 0) {
             return self.touch_chunks(blob, blocks);
         }

@@ -38,6 +38,7 @@ pub mod store;
 #[cfg(test)]
 mod tests;
 pub mod trace_file;
+pub mod warm;
 
 pub use attach::{AttachOptions, KeptProfile, LoadedImage, LoadedProfile, ProfileSource, attach, reopen};
 pub use counters::{ImageCounters, ImageStatistics};

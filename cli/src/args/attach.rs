@@ -47,8 +47,33 @@ pub(crate) struct AttachArguments {
     /// Fetch what nobody asked for: not at all, when the link is idle, or at full rate
     #[arg(long, env = "UBLKIMG_FILL", value_enum, default_value_t = FillArgument::Off, value_name = "MODE")]
     pub(crate) fill: FillArgument,
+    /// Push what the profile foretells into the page cache of the mounted image as it arrives; not while it is recorded
+    #[arg(long, env = "UBLKIMG_WARM", value_enum, default_value_t = WarmArgument::Auto, value_name = "WHEN")]
+    pub(crate) warm: WarmArgument,
     #[command(flatten)]
     pub(crate) registry: RegistryOptions,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum WarmArgument {
+    /// Where there is more than one processor
+    Auto,
+    /// Whatever there is
+    On,
+    /// Not at all
+    Off,
+}
+
+impl WarmArgument {
+    /// Whether blocks are pushed on this machine.
+    pub(crate) fn is_on(self) -> bool {
+        match self {
+            // With one, what the warmer does is taken from the program: docs/decisions/004-warmer.md
+            Self::Auto => std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1),
+            Self::On => true,
+            Self::Off => false,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

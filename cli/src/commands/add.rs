@@ -123,6 +123,7 @@ fn add_request(command: &Add) -> anyhow::Result<AddRequest> {
         record: !command.attach.no_record,
         read_ahead_kb: command.start.read_ahead_kb,
         fill: if command.wait.is_some() { FillMode::Full } else { fill_mode(command.attach.fill) },
+        warm: command.attach.warm.is_on(),
     };
     request(&command.reference, command.name.as_deref(), &command.attach, start)
 }
@@ -223,7 +224,7 @@ fn mount_once(
             let text = format!("{} is a mount point already: unmount it or choose another", directory.display());
             return Err(Error::new(ErrorKind::Busy, text).into());
         }
-        None => mount_helper::mount(&device.device, device.metadata_bytes, directory, timeout)?,
+        None => mount_helper::mount(directories, device, directory, timeout)?,
     }
     let request = Request::Mounted { name: device.name.clone(), directory: PathBuf::from(directory) };
     if let Err(error) = client::ask(directories, &request, client::ANSWER_MARGIN) {

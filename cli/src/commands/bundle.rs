@@ -31,6 +31,7 @@ pub(super) fn run(global: &Global, command: &Bundle) -> anyhow::Result<()> {
         record: !command.attach.no_record,
         read_ahead_kb: None,
         fill: add::fill_mode(command.attach.fill),
+        warm: command.attach.warm.is_on(),
     };
     let request = add::request(&command.reference, command.name.as_deref(), &command.attach, start)?;
     // Before anything is attached: a wrong name should cost nothing.

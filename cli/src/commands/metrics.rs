@@ -90,6 +90,11 @@ fn of_reads(page: &mut Page, devices: &[DeviceStatus]) {
             [first.hits, first.late_hits, first.misses]
         }),
     );
+    page.counter(
+        "ublkimg_pushed_reads_total",
+        "Read requests that pushed blocks into the page cache before anybody read them; not among the first reads.",
+        devices.iter().map(|device| (name_of(device), device.counters.first_reads.pushed)),
+    );
     let of = |value: fn(&DeviceStatus) -> u64| devices.iter().map(move |device| (name_of(device), value(device)));
     page.counter("ublkimg_read_bytes_total", "Bytes read from the device.", of(|device| device.counters.read_bytes));
     page.counter("ublkimg_read_errors_total", "Reads that failed.", of(|device| device.counters.errors));

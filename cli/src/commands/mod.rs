@@ -73,7 +73,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Runtime(command) => runtime::run(global, &command),
         Command::Hook(command) => hook::run(global, &command),
         Command::MountInto(command) => mount_into::run(&command),
-        Command::MountHelper(command) => mount_helper::run(&command),
+        Command::MountHelper(command) => mount_helper::run(global, command),
     }
 }
 

@@ -6,21 +6,32 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ublkimg_driver::daemon::Directories;
+use ublkimg_driver::daemon::protocol::DeviceStatus;
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_driver::mounts;
+use ublkimg_driver::warm::{self, Warmer};
 
-use crate::args::MountHelper;
+use crate::args::{Global, MountHelper};
 
 /// How often a helper is asked whether it has ended.
 const POLL: Duration = Duration::from_millis(2);
 
-pub(super) fn run(command: &MountHelper) -> anyhow::Result<()> {
-    match &command.device {
+pub(super) fn run(global: &Global, command: MountHelper) -> anyhow::Result<()> {
+    match command.device {
         Some(device) => {
-            mounts::mount_erofs(device, &command.directory)?;
+            mounts::mount_erofs(&device, &command.directory)?;
             // The mount works without it.
-            if let Err(error) = mounts::warm(device, command.warm_bytes) {
+            if let Err(error) = mounts::warm(&device, command.warm_bytes) {
                 tracing::warn!("the metadata is not read ahead: {}", error.chain());
+            }
+            if let Some(name) = command.warm {
+                let directories = super::directories(global)?;
+                if warm::go_on_alone()? {
+                    let metadata_bytes = command.warm_bytes;
+                    let warmer = Warmer { directories, name, device, metadata_bytes, mount: command.directory };
+                    warmer.run()?;
+                }
             }
         }
         None if command.detach => mounts::detach(&command.directory)?,
@@ -31,10 +42,20 @@ pub(super) fn run(command: &MountHelper) -> anyhow::Result<()> {
 
 /// Mounts `device` at `directory` in this process's mount namespace, within `timeout`.
 /// The first `metadata_bytes` of the device are then in the page cache.
-pub(super) fn mount(device: &Path, metadata_bytes: u64, directory: &Path, timeout: Duration) -> anyhow::Result<()> {
-    let what = format!("mounting {} at {}", device.display(), directory.display());
-    let warm_bytes = metadata_bytes.to_string();
-    let options = ["--device".as_ref(), device.as_os_str(), "--warm-bytes".as_ref(), OsStr::new(&warm_bytes)];
+pub(super) fn mount(
+    directories: &Directories,
+    device: &DeviceStatus,
+    directory: &Path,
+    timeout: Duration,
+) -> anyhow::Result<()> {
+    let what = format!("mounting {} at {}", device.device.display(), directory.display());
+    let warm_bytes = device.metadata_bytes.to_string();
+    let mut options: Vec<&OsStr> =
+        vec!["--device".as_ref(), device.device.as_os_str(), "--warm-bytes".as_ref(), OsStr::new(&warm_bytes)];
+    if device.warms {
+        let run_dir = ["--run-dir".as_ref(), directories.run.as_os_str()];
+        options.extend(run_dir.into_iter().chain(["--warm".as_ref(), OsStr::new(&device.name)]));
+    }
     help(options.into_iter().chain([directory.as_os_str()]), &what, timeout)
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Mounts in the caller's mount namespace are unmounted. A mount that is in use, one in another mount namespace, or a
 //! file system stacked on top (overlayfs) refuses the removal, unless `--force` is given. What is in use is looked at
-//! again for [`BUSY_PATIENCE`] first: a process that was just forked holds its parent's files until it calls exec, and
-//! udev opens a device for a moment.
+//! again for [`BUSY_PATIENCE`] first: a process that was just forked holds its parent's files until it calls exec, udev
+//! opens a device for a moment, and a warmer that is sent away ends its turn.
 
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
@@ -62,6 +62,8 @@ pub(super) fn remove(directories: &Directories, device: &DeviceStatus, force: bo
     if !force && let Some(number) = root.mounted()? {
         refuse_if_mounted_elsewhere(device, number)?;
     }
+    // Nobody may have a file of it open for a moment.
+    client::ask(directories, &Request::EndWarming { name: device.name.clone() }, client::ANSWER_MARGIN)?;
     root.unmount(force)?;
     unmount(device, force)?;
     client::ask(directories, &Request::Remove { name: device.name.clone(), force }, client::ANSWER_MARGIN)?;

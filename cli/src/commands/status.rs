@@ -139,6 +139,7 @@ pub(super) fn start_rows(start: &StartFigures) -> Vec<(&'static str, String)> {
         ("time to ready", start.ready_us.map_or_else(|| "not ready yet".to_owned(), milliseconds)),
         ("lower bound", bound),
         ("first reads", format!("{} hits, {} late hits, {} misses", reads.hits, reads.late_hits, reads.misses)),
+        ("pushed", format!("{} requests ({} blocks)", reads.pushed, reads.pushed_blocks)),
         ("stall", milliseconds(reads.stall_us)),
         ("demand", format!("{} requests ({})", start.demand_requests, output::bytes(start.demand_bytes))),
         ("prefetch", format!("{} requests ({})", start.prefetch_requests, output::bytes(start.prefetch_bytes))),

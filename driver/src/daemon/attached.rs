@@ -32,6 +32,7 @@ impl Attached {
             device: self.device.path().to_path_buf(),
             transport: self.record.transport,
             data_path: self.device.data_path(),
+            warms: self.start.warms(),
             mounts: self.record.mounts.clone(),
             size_bytes: u64::from(self.image.total_blocks()) * u64::from(BLOCK_SIZE_BYTES),
             counters: self.image.statistics(),

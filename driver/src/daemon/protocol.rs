@@ -2,6 +2,7 @@
 //!
 //! Both ends are the same binary, so the lines carry no version; a field that one side does not know is refused.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -105,6 +106,16 @@ pub enum Request {
         name: String,
         /// How hard.
         mode: FillMode,
+    },
+    /// What of the device's profile is to be pushed into the page cache next.
+    Warm {
+        /// The device's name.
+        name: String,
+    },
+    /// The mount is about to go: whoever pushes is to leave it alone.
+    EndWarming {
+        /// The device's name.
+        name: String,
     },
     /// Look after the store.
     Cache(CacheRequest),
@@ -242,6 +253,9 @@ pub struct StartOptions {
     pub read_ahead_kb: Option<u32>,
     /// What to fetch once the start is over.
     pub fill: FillMode,
+    /// Whether blocks that the profile foretells are pushed into the page cache as they arrive.
+    #[serde(default)]
+    pub warm: bool,
 }
 
 /// Where the order comes from in which a start is fetched.
@@ -307,6 +321,8 @@ pub enum Answer {
         /// First reads that are missing in it because there was no room.
         lost: u64,
     },
+    /// To [`Request::Warm`]: blocks of the device, in the order of the profile; none when it is over.
+    Warm(Option<Vec<Range<u32>>>),
     /// To [`Request::Cache`].
     Cache(CacheAnswer),
     /// To requests that return nothing.
@@ -339,6 +355,8 @@ pub struct DeviceStatus {
     pub transport: Transport,
     /// How data gets into requests of a ublk device.
     pub data_path: Option<DataPath>,
+    /// Whether its mount wants a warmer.
+    pub warms: bool,
     /// Mount points made by `add --mount`.
     pub mounts: Vec<PathBuf>,
     /// Size of the device.

@@ -89,6 +89,16 @@ impl Server {
         self.with_device(name, |attached| attached.start.set_fill(mode))
     }
 
+    /// What the device's warmer is to push next.
+    pub(super) fn warm(&self, name: &str) -> Result<Answer> {
+        self.with_device(name, |attached| Answer::Warm(attached.start.warm()))
+    }
+
+    /// Sends the device's warmer away.
+    pub(super) fn end_warming(&self, name: &str) -> Result<()> {
+        self.with_device(name, |attached| attached.start.end_warming())
+    }
+
     pub(super) async fn figures(self: Arc<Self>, name: &str) -> Result<Answer> {
         if self.with_device(name, |attached| attached.start.nudge_recorder())? {
             tokio::time::sleep(NUDGE).await;

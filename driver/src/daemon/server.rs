@@ -226,6 +226,8 @@ impl Server {
             Request::Ready { name } => {
                 flatten(tokio::spawn(async move { self.ready(&name).await }).await).map(|()| Answer::Done)
             }
+            Request::Warm { name } => self.warm(&name),
+            Request::EndWarming { name } => self.end_warming(&name).map(|()| Answer::Done),
             Request::Fill { name, mode } => self.fill(&name, mode).map(|()| Answer::Done),
             Request::Cache(request) => {
                 blocking(move || cache::serve(&self.store, &self.records, &self.limits, request).map(Answer::Cache))

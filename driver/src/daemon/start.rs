@@ -19,9 +19,7 @@ use crate::image::ServedImage;
 use crate::recorder::{Recorded, Recorder, Replace, Subject};
 use crate::start_events::Mark;
 use crate::store::Store;
-
-/// Entries at the end of a trace that tell whether a start has got there: when half of them were read.
-const END_ENTRIES: usize = 64;
+use crate::warm::{END_ENTRIES, Feed, Run, State};
 
 /// See the module.
 #[derive(Debug)]
@@ -40,6 +38,18 @@ pub(super) struct Starting {
     read_ahead_kb: u32,
     ready: Option<ReadyAt>,
     fill: FillMode,
+    warming: Warming,
+}
+
+/// What a warmer has to do.
+#[derive(Debug)]
+enum Warming {
+    /// Nobody has asked yet.
+    NotBegun,
+    /// This is left.
+    Goes(Feed),
+    /// Nothing, for good.
+    Over,
 }
 
 impl Starting {
@@ -65,6 +75,7 @@ impl Starting {
             read_ahead_kb: READ_AHEAD_DEFAULT_KB,
             ready: None,
             fill,
+            warming: Warming::NotBegun,
         }
     }
 
@@ -126,6 +137,7 @@ impl Starting {
 
     /// The recording that was asked for has begun.
     pub(super) fn recording(&mut self, recorder: Recorder) {
+        self.end_warming();
         self.recording_read_ahead_kb = Some(recorder.subject().read_ahead_kb);
         self.recorder = Some(recorder);
     }
@@ -153,6 +165,48 @@ impl Starting {
         if let Some(recorder) = &self.recorder {
             recorder.ready(ready.clock_us);
         }
+    }
+
+    /// Whether there is something for a warmer to do.
+    pub(super) fn warms(&self) -> bool {
+        self.options.warm && self.followed.is_some() && !self.is_recorded() && !matches!(self.warming, Warming::Over)
+    }
+
+    /// A warmer is to leave the mount alone from now on.
+    pub(super) fn end_warming(&mut self) {
+        self.warming = Warming::Over;
+    }
+
+    /// What a warmer is to push now; `None` when it is over.
+    pub(super) fn warm(&mut self) -> Option<Vec<Run>> {
+        if !self.warms() || self.ready.is_some() {
+            self.end_warming();
+        }
+        if let (Warming::NotBegun, Some(followed)) = (&self.warming, &self.followed) {
+            let (image, layers, trace) = (&self.image, &self.layers, &followed.trace);
+            let runs = trace.entries.iter().filter_map(|entry| {
+                let start = device_block(image, layers, trace, entry)?;
+                Some(start..start.checked_add(u32::from(entry.blocks))?)
+            });
+            self.warming = Warming::Goes(Feed::new(runs));
+        }
+        let Warming::Goes(feed) = &mut self.warming else { return None };
+        let image = &self.image;
+        let runs = feed.turn(|run| {
+            if run.clone().all(|block| image.first_reads().has_seen(block)) {
+                State::Read
+            } else if image.holds(run.clone()) {
+                State::Here
+            } else {
+                State::Absent
+            }
+        });
+        image.give(&runs);
+        if runs.is_empty() && feed.is_over() {
+            self.end_warming();
+            return None;
+        }
+        Some(runs)
     }
 
     pub(super) fn set_fill(&mut self, mode: FillMode) {
@@ -268,10 +322,12 @@ pub(super) fn running_trace(log: &Path) -> Option<Trace> {
 
 fn end_blocks(image: &ServedImage, layers: &[Sha256], trace: &Trace) -> Vec<u32> {
     let entries = trace.entries.iter().rev().take(END_ENTRIES);
-    let device_block = |entry: &TraceEntry| {
-        let blob = trace.header.blobs.get(usize::from(entry.blob))?;
-        let layer = u16::try_from(layers.iter().position(|layer| layer == blob)?).ok()?;
-        image.device_block(layer, entry.block)
-    };
-    entries.filter_map(device_block).collect()
+    entries.filter_map(|entry| device_block(image, layers, trace, entry)).collect()
+}
+
+/// Where an entry of a trace begins on the device.
+fn device_block(image: &ServedImage, layers: &[Sha256], trace: &Trace, entry: &TraceEntry) -> Option<u32> {
+    let blob = trace.header.blobs.get(usize::from(entry.blob))?;
+    let layer = u16::try_from(layers.iter().position(|layer| layer == blob)?).ok()?;
+    image.device_block(layer, entry.block)
 }

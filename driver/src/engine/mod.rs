@@ -124,6 +124,7 @@ enum Control {
     AddBlobs { image: ImageKey, blobs: Vec<NewBlob>, reply: oneshot::Sender<Vec<AddedBlob>> },
     SetPlan { image: ImageKey, entries: Vec<PlanEntry>, byte_cap: u64 },
     SetFill { image: ImageKey, mode: FillMode },
+    Pushed { image: ImageKey, chunks: Vec<ChunkKey> },
     Detach { image: ImageKey },
     Report { image: ImageKey, reply: Sender<ImageReport> },
     Counters { reply: Sender<Counters> },
@@ -192,6 +193,11 @@ impl EngineHandle {
     /// Says whether to fetch what nobody asked for.
     pub(crate) fn set_fill(&self, image: ImageKey, mode: FillMode) {
         let _ = self.controls.send(Control::SetFill { image, mode });
+    }
+
+    /// Says that blocks of these chunks are pushed: that they are not read says nothing against the plan.
+    pub(crate) fn pushed(&self, image: ImageKey, chunks: Vec<ChunkKey>) {
+        let _ = self.controls.send(Control::Pushed { image, chunks });
     }
 
     /// What the engine can say of an image; nothing if it has stopped.

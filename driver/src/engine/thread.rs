@@ -165,6 +165,9 @@ impl EngineThread {
                 self.note_trust(image);
             }
             Control::SetFill { image, mode } => self.set_fill(image, mode),
+            Control::Pushed { image, chunks } => {
+                chunks.into_iter().for_each(|chunk| self.step(Event::Pushed { image, chunk }));
+            }
             Control::Detach { image } => self.detach(image),
             Control::Report { image, reply } => drop(reply.try_send(self.report(image))),
             Control::Counters { reply } => drop(reply.try_send(self.scheduler.counters())),

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use ublkimg_image::BLOCK_SIZE;
-use ublkimg_scheduler::ChunkEntry;
+use ublkimg_image::{BLOCK_SIZE, Target};
 use ublkimg_scheduler::bound::Unit;
+use ublkimg_scheduler::{ChunkEntry, ChunkKey};
 
 use super::{ServedBlob, ServedImage};
 
@@ -64,5 +64,60 @@ impl ServedImage {
     pub(crate) fn device_block(&self, layer: u16, block: u32) -> Option<u32> {
         let blob = self.blobs.get(usize::from(layer))?;
         (block < blob.index.raw_len_blocks()).then(|| self.map.blob_start(layer) + block)
+    }
+
+    /// Whether blocks of the device can be read without a fetch. Nothing is noted as read.
+    pub(crate) fn holds(&self, blocks: Range<u32>) -> bool {
+        self.map.segments(blocks.start, blocks.end.saturating_sub(blocks.start)).all(|segment| match segment.target {
+            Target::Metadata { .. } | Target::Zero => true,
+            Target::Blob { index, block } => self.layer_holds(index, block..block + segment.len_blocks),
+        })
+    }
+
+    /// Gives blocks of the device to a warmer: reads of them tell nothing of the program from now on.
+    pub(crate) fn give(&self, runs: &[Range<u32>]) {
+        let mut chunks = Vec::new();
+        let mut add = |blob: &ServedBlob, blocks| {
+            blob.each_chunk(blocks, |chunk| {
+                let key = ChunkKey { blob: blob.key, chunk };
+                if chunks.last() != Some(&key) {
+                    chunks.push(key);
+                }
+            });
+        };
+        for run in runs {
+            self.first_reads.give(run);
+            for segment in self.map.segments(run.start, run.end.saturating_sub(run.start)) {
+                let Target::Blob { index, block } = segment.target else { continue };
+                self.each_run(index, block..block + segment.len_blocks, |blocks, rank| match rank {
+                    Some((hot, rank)) => add(&hot.blob, rank..rank + (blocks.end - blocks.start)),
+                    None => add(&self.blobs[usize::from(index)], blocks),
+                });
+            }
+        }
+        if let Some(attachment) = &self.attachment {
+            attachment.engine.pushed(attachment.image, chunks);
+        }
+    }
+
+    /// Whether blocks of a layer were given to a warmer.
+    pub(super) fn is_given(&self, layer: u16, blocks: &Range<u32>) -> bool {
+        let start = self.map.blob_start(layer);
+        self.first_reads.is_given(&(start + blocks.start..start + blocks.end))
+    }
+
+    fn layer_holds(&self, layer: u16, blocks: Range<u32>) -> bool {
+        let file = &self.blobs[usize::from(layer)].file;
+        let (mut at, mut holds) = (blocks.start, true);
+        while holds && at < blocks.end {
+            let (place, end) = file.find(at..blocks.end);
+            if place.is_none() {
+                self.each_run(layer, at..end, |run, rank| {
+                    holds &= rank.is_some_and(|(hot, rank)| hot.blob.file.holds(rank..rank + (run.end - run.start)));
+                });
+            }
+            at = end;
+        }
+        holds
     }
 }

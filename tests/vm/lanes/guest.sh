@@ -4,6 +4,8 @@
 set -eu
 BIN=$1 IMAGES=$2
 WORK=$(mktemp -d)
+# Reads are counted: nobody else is to read.
+export UBLKIMG_WARM=off
 REG=
 
 say() { echo "$(basename "$0"): $*"; }

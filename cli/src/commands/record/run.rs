@@ -153,6 +153,7 @@ fn add_request(command: &RecordRun, reference: &str, name: &str) -> anyhow::Resu
             record: false,
             read_ahead_kb: None,
             fill: FillMode::Off,
+            warm: false,
         },
     })
 }

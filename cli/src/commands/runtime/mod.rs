@@ -85,6 +85,7 @@ fn supply_root(
         record: !command.attach.no_record,
         read_ahead_kb: None,
         fill: add::fill_mode(command.attach.fill),
+        warm: command.attach.warm.is_on(),
     };
     let name = call.device_name();
     let request = add::request(&reference, Some(&name), &command.attach, start)?;
