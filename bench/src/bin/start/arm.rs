@@ -15,6 +15,8 @@ pub(crate) enum Arm {
     Trace,
     /// Attach with the profile that the image's index lists
     Hot,
+    /// As hot, and what arrives is pushed into the page cache: the other arms do without
+    Warm,
     /// The whole image is in the store, nothing of it in a page cache
     Local,
     /// The exported image in a file, mounted over a loop device: no ublkimg
@@ -51,6 +53,7 @@ impl fmt::Display for Arm {
             Self::None => "no profile",
             Self::Trace => "trace only",
             Self::Hot => "hot blob",
+            Self::Warm => "hot blob, pushed",
             Self::Local => "local",
             Self::Loop => "loop device",
             Self::OtherNone => "other, no profile",

@@ -270,6 +270,9 @@ impl Host<'_> {
 
     fn add(&self, image: &str, options: &[&str]) -> Result<Attached> {
         let mut all = vec!["--transport", self.bench.transport.as_str()];
+        if !options.contains(&"--warm") {
+            all.extend(["--warm", "off"]);
+        }
         all.extend(options);
         self.ublkimg.add(image, DEVICE, &self.dir.join("image"), &all)
     }

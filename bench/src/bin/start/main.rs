@@ -158,7 +158,11 @@ fn measure(arguments: &Arguments, bench: &Bench, workload: &Workload) -> Result<
         link: format!("{} Mbit/s, {} ms", arguments.rate_mbit, arguments.rtt_ms),
         transport: arguments.transport.clone(),
         samples,
-        packed: if matches!(arm, Arm::Hot | Arm::Local | Arm::Trouble) { packed.clone() } else { Vec::new() },
+        packed: if matches!(arm, Arm::Hot | Arm::Warm | Arm::Local | Arm::Trouble) {
+            packed.clone()
+        } else {
+            Vec::new()
+        },
     });
     Ok(rows.collect())
 }
@@ -180,6 +184,7 @@ fn one(bench: &Bench, workload: &Workload, profile: &mut Profile, arm: Arm) -> R
         Arm::Pull => host.pull(workload),
         Arm::None | Arm::OtherNone => host.start(&image, &["--profile", "none"], start, nothing),
         Arm::Trace => host.start(&image, &["--profile", profile.trace_file()?], start, nothing),
+        Arm::Warm => host.start(&image, &["--profile", profile.name(), "--warm", "on"], start, nothing),
         Arm::Hot | Arm::OtherWrong => host.start(&image, &["--profile", profile.name()], start, nothing),
         Arm::Local => profile.local(bench, workload),
         Arm::Loop => host.mounted(workload),
