@@ -174,6 +174,6 @@ fn nothing_is_pushed_when_it_is_not_to_be_or_while_it_is_recorded() {
     assert!(pushed < BLOCKS - LEFT, "it was recorded too late to tell");
     read(&mount, (0..BLOCKS).rev());
     assert_eq!(pushed_blocks(&host), pushed);
-    assert_eq!(first_reads(&host) as usize, BLOCKS - pushed, "the others were read, and recorded");
+    assert_eq!(first_reads(&host), (BLOCKS - pushed) as u64, "the others were read, and recorded");
     host.end();
 }

@@ -128,7 +128,7 @@ mod tests {
     #[test]
     fn a_turn_is_short() {
         let mut feed = Feed::new((0..40_000).map(|at| at * 256..(at + 1) * 256));
-        let blocks = |runs: Vec<Run>| runs.iter().map(|run| run.len()).sum::<usize>();
+        let blocks = |runs: Vec<Run>| runs.iter().map(ExactSizeIterator::len).sum::<usize>();
         assert_eq!(blocks(feed.turn(all_here)), TURN_BLOCKS as usize);
         assert_eq!(blocks(feed.turn(|_| State::Read)), 0);
         assert_eq!(blocks(feed.turn(all_here)), TURN_BLOCKS as usize);

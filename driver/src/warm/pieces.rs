@@ -77,16 +77,16 @@ mod tests {
         metadata
     }
 
-    /// Pieces in blocks, by the name of the file.
-    fn pieces(files: &[u32], runs: &[Run]) -> Vec<(usize, Vec<Range<u64>>)> {
+    /// Pieces, as first block and end, by the number of the file.
+    fn pieces(files: &[u32], runs: &[Run]) -> Vec<(usize, Vec<(u64, u64)>)> {
         let (tree, geometry) = read_tree(&metadata(files)).unwrap();
         let map = FileMap::new(&tree, &geometry);
         let first = geometry.metadata_blocks;
         let runs: Vec<Run> = runs.iter().map(|run| run.start + first..run.end + first).collect();
-        let in_blocks = |bytes: &Range<u64>| bytes.start / BLOCK_SIZE as u64..bytes.end / BLOCK_SIZE as u64;
+        let in_blocks = |bytes: &Range<u64>| (bytes.start / BLOCK_SIZE as u64, bytes.end / BLOCK_SIZE as u64);
         let of_file = |of: FilePieces| {
-            let name = String::from_utf8(map.path(of.file)).unwrap().parse().unwrap();
-            (name, of.pieces.iter().map(in_blocks).collect())
+            let number = String::from_utf8(map.path(of.file)).unwrap().parse::<usize>().unwrap();
+            (number, of.pieces.iter().map(in_blocks).collect::<Vec<_>>())
         };
         of_files(&map, first, &runs).into_iter().map(of_file).collect()
     }
@@ -94,8 +94,8 @@ mod tests {
     #[test]
     fn neighbours_in_a_file_are_one_piece_whatever_their_order() {
         let found = pieces(&[10, 20, 5], &[12..14, 3..4, 14..16, 25..31, 11..12, 4..5]);
-        assert_eq!(found, [(1, vec![1..6, 15..20]), (0, vec![3..5]), (2, vec![0..1])]);
-        assert_eq!(pieces(&[10], &[8..4000, 40..41]), [(0, vec![8..10])], "past the end there is nothing");
+        assert_eq!(found, [(1, vec![(1, 6), (15, 20)]), (0, vec![(3, 5)]), (2, vec![(0, 1)])]);
+        assert_eq!(pieces(&[10], &[8..4000, 40..41]), [(0, vec![(8, 10)])], "past the end there is nothing");
     }
 
     #[test]
@@ -103,10 +103,10 @@ mod tests {
         let (tree, geometry) = read_tree(&metadata(&[4])).unwrap();
         let map = FileMap::new(&tree, &geometry);
         let first = geometry.metadata_blocks;
-        assert_eq!(of_files(&map, first, &[0..first]), []);
-        let over_the_edge = of_files(&map, first, &[first - 1..first + 2]);
+        assert_eq!(of_files(&map, first, &[0..1, 0..first]), []);
+        let over_the_edge = of_files(&map, first, &[first - 1..first + 1, first + 1..first + 2]);
         assert_eq!(over_the_edge.len(), 1);
-        assert_eq!(over_the_edge[0].pieces, [0..2 * BLOCK_SIZE as u64]);
+        assert_eq!(over_the_edge[0].pieces.first(), Some(&(0..2 * BLOCK_SIZE as u64)));
     }
 
     proptest! {
@@ -118,15 +118,15 @@ mod tests {
         ) {
             let runs: Vec<Run> = runs.into_iter().map(|(start, len)| start..start + len).collect();
             let starts: Vec<u32> = files.iter().scan(0, |next, len| { *next += len; Some(*next - len) }).collect();
-            let total = files.iter().sum();
+            let total: u32 = files.iter().sum();
             let mut wanted: Vec<u32> = runs.iter().cloned().flatten().filter(|block| *block < total).collect();
             wanted.sort_unstable();
             wanted.dedup();
             let mut found: Vec<u32> = Vec::new();
             for (file, pieces) in pieces(&files, &runs) {
-                prop_assert!(pieces.windows(2).all(|pair| pair[0].end < pair[1].start));
+                prop_assert!(pieces.windows(2).all(|pair| pair[0].1 < pair[1].0));
                 let block = |at: u64| starts[file] + u32::try_from(at).unwrap();
-                found.extend(pieces.into_iter().flatten().map(block));
+                found.extend(pieces.into_iter().flat_map(|(start, end)| start..end).map(block));
             }
             found.sort_unstable();
             prop_assert_eq!(found, wanted);
