@@ -107,8 +107,8 @@ simulation: deps ## the whole path of a read in orders that SIMULATION_SEEDS see
 powercut: deps ## cuts the power after every step of POWERCUT_SEEDS workloads of the store; `make unit` does three
 	UBLKIMG_POWERCUT_SEEDS=$(POWERCUT_SEEDS) cargo test -p ublkimg-driver --lib $(PROFILE) -- --nocapture power_cut
 
-faults: deps ## what becomes of reads when the registry fails, written into docs/guarantees.md
-	@tests/faults.sh cargo test -p ublkimg-driver --lib $(PROFILE) -- outage_tests
+faults: guest-tests ## every fault with its outcome and the time to it, as tests and lanes see them, written into docs/guarantees.md
+	@tests/faults.sh $(BIN) $(PROFILE)
 
 broken: deps ## breaks the program on purpose in a copy, and shows that the test which stands guard fails; ten minutes
 	@tests/broken.sh target/broken $(PROFILE)

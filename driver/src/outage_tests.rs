@@ -1,15 +1,14 @@
 //! Every trouble that a registry can make while an image is read, and what becomes of the read.
 //!
-//! Each case is one line of the table in docs/guarantees.md; with `UBLKIMG_FAULTS_OUT` the lines are written to that file
-//! as they were seen.
+//! Each case is one line of the table in docs/guarantees.md, which `make faults` makes of what is printed here.
 
-use std::io::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use ublkimg_image::BLOCK_SIZE;
 use ublkimg_registry::{ClientOptions, Location};
+use ublkimg_tests::fault_row;
 use ublkimg_tests::registry::{Auth, Config, Credentials, Fault, TestRegistry, Toxic};
 
 use crate::fixture::{Image, LayerContent, read};
@@ -114,18 +113,11 @@ fn case_of(what: &str, auth: Auth, fault: Fault, fate: Fate) {
 }
 
 fn note(what: &str, fate: Fate, took: Duration) {
-    let thread = std::thread::current();
-    let test = thread.name().unwrap_or_default().rsplit("::").next().unwrap_or_default().to_owned();
-    let fate = match fate {
+    let outcome = match fate {
         Fate::Data => "data",
         Fate::Eio => "EIO; the next read tries afresh",
     };
-    let line = format!("| {what} | {fate} | {:.1} s | `{test}` |\n", took.as_secs_f64());
-    print!("{line}");
-    if let Some(path) = std::env::var_os("UBLKIMG_FAULTS_OUT") {
-        let mut file = std::fs::File::options().create(true).append(true).open(path).unwrap();
-        file.write_all(line.as_bytes()).unwrap();
-    }
+    fault_row::seen(what, outcome, took);
 }
 
 #[test]

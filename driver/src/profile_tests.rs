@@ -12,6 +12,7 @@ use ublkimg_image::BLOCK_SIZE;
 use ublkimg_registry::profile::ProfileChoice;
 use ublkimg_registry::{BlobSource, ClientOptions, Digest, Location, NewProfile, Repository};
 use ublkimg_scheduler::FillMode;
+use ublkimg_tests::fault_row::FaultRow;
 use ublkimg_tests::registry::{Config, Fault, LinkConfig, Stats, TestRegistry, Toxic};
 
 use crate::fixture::{Image, LayerContent, read};
@@ -152,9 +153,11 @@ fn a_bad_frame_is_withdrawn_and_the_chunk_takes_its_place() {
     let path = format!("*/blobs/{}", Digest::of(&start.hot));
     rig.registry.set_fault("flip", Fault::new(&path, Toxic::BitFlip { offset_bytes }));
     let loaded = rig.attach(&location).unwrap();
+    let fault = FaultRow::begins("a bad hot frame");
     for entry in READS {
         assert_reads(&loaded, &image, device_blocks(&image, entry));
     }
+    fault.ends("withdrawn, its chunks take its place: data");
     wait_for("the frame", || loaded.image.prefetch().hot_frames_withdrawn == 1);
     assert!(rig.registry.fault_hits("flip") > 0);
     let statistics = loaded.image.statistics();
@@ -173,7 +176,9 @@ fn without_its_hot_blob_an_image_reads_from_chunks() {
     let location = image.serve(&rig.registry, "v1", Some(&start));
     rig.registry.delete(ublkimg_image::Sha256::of(&start.hot)).unwrap();
     let loaded = rig.attach(&location).unwrap();
+    let fault = FaultRow::begins("a hot blob that is gone");
     assert_whole(&loaded, &image);
+    fault.ends("chunks take its place: data");
     wait_for("the frames", || {
         let report = loaded.image.prefetch();
         report.hot_frames_withdrawn == report.hot_frames
@@ -287,7 +292,9 @@ fn a_profile_of_another_image_packs_nothing_for_this_one() {
     let loaded = rig.attach(&image.serve(&rig.registry, "v1", Some(&start))).unwrap();
     let profile = loaded.profile.as_ref().unwrap();
     assert!(!profile.has_hot_blob && profile.kept.manifest.is_none());
+    let fault = FaultRow::begins("a profile of another image");
     assert_whole(&loaded, &image);
+    fault.ends("not used: data");
 }
 
 #[test]
@@ -306,9 +313,11 @@ fn a_forged_hot_blob_does_not_reach_an_image_with_the_same_layers() {
     // Hot blocks and chunks together.
     read(&loaded.image, 0, loaded.image.total_blocks()).unwrap();
 
+    let fault = FaultRow::begins("a forged hot blob for a layer of another image");
     let victim = rig.attach(&honest.serve(&rig.registry, "honest", None)).unwrap();
     assert_eq!(honest.manifest.layers, hostile.manifest.layers);
     assert_whole(&victim, &honest);
+    fault.ends("the other image reads right bytes");
     drop(loaded);
     assert_whole(&victim, &honest);
 }

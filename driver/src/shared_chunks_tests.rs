@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use ublkimg_image::BLOCK_SIZE;
 use ublkimg_scheduler::FillMode;
+use ublkimg_tests::fault_row::FaultRow;
 
 use crate::fixture::{Frame, Image, LayerContent, read};
 use crate::tests::{Rig, device_blocks};
@@ -182,7 +183,9 @@ fn a_forged_index_gives_no_other_image_wrong_bytes() {
             // It said that it has the other image's chunk, and so it has.
             assert!(read(&loaded.image, start, 64).unwrap() == content().raw[..64 * BLOCK_SIZE]);
         }
+        let fault = FaultRow::begins("a forged chunk index with the names of another image's chunks");
         let after = read_honest("again");
+        fault.ends("the other image reads right bytes");
         assert_eq!(after.image.statistics().verification_failures, 0);
         drop(before);
     }

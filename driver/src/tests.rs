@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use ublkimg_image::BLOCK_SIZE;
 use ublkimg_registry::{Digest, Location};
+use ublkimg_tests::fault_row::FaultRow;
 
 use crate::fetch::BLOCKING_THREADS_MAX;
 use crate::fixture::{Image, LayerContent, blob_path, read};
@@ -118,11 +119,13 @@ fn a_forged_chunk_index_does_not_reach_an_image_with_the_same_layers() {
         if !forged_first {
             both.reverse();
         }
+        let fault = FaultRow::begins("a forged chunk index for a layer of another image");
         let loaded = both.map(|(image, location)| {
             let loaded = rig.attach(&location).unwrap();
             assert!(read(&loaded.image, 0, device_blocks(image)).unwrap() == image.device);
             (image, loaded)
         });
+        fault.ends("the other image reads right bytes");
         for (image, loaded) in &loaded {
             assert!(read(&loaded.image, 0, device_blocks(image)).unwrap() == image.device, "both are in the store");
         }
@@ -244,9 +247,10 @@ fn a_full_disk_and_a_broken_one_are_served_from_memory() {
     let loaded = rig.attach(&rig.push(&image, "v1")).unwrap();
     let all = device_blocks(&image);
     crate::store::journal::set_trouble(rig.root.path(), Some(|_| Some(rustix::io::Errno::NOSPC)));
-    for _ in 0..2 {
-        assert!(read(&loaded.image, 0, all).unwrap() == image.device);
-    }
+    let fault = FaultRow::begins("cache disk full");
+    assert!(read(&loaded.image, 0, all).unwrap() == image.device);
+    fault.ends("served from memory: data");
+    assert!(read(&loaded.image, 0, all).unwrap() == image.device);
     assert_eq!(loaded.image.statistics().fetched_chunks, 45, "what is in memory is not fetched again");
     assert_eq!((loaded.image.stored_bytes().0, rig.store.room().unwrap().overflowed_chunks), (0, 45));
     crate::store::journal::set_trouble(rig.root.path(), Some(|_| Some(rustix::io::Errno::IO)));
@@ -267,7 +271,9 @@ fn blocks_that_the_disk_cannot_read_are_fetched_again() {
     // As a device does that met an error.
     assert!(loaded.image.cannot_read(1, 0, 8192));
     assert!(!loaded.image.cannot_read(0, 0, 4096), "the metadata image is not fetched in parts");
+    let fault = FaultRow::begins("cache disk fails to read");
     assert!(read(&loaded.image, 0, all).unwrap() == image.device);
+    fault.ends("fetched again, kept in memory: data");
     assert_eq!(loaded.image.statistics().fetched_chunks, 46);
 }
 
@@ -452,8 +458,10 @@ fn a_metadata_image_that_was_changed_in_the_store_is_not_served() {
     let mut bytes = fs::read(&file).unwrap();
     bytes[2000] ^= 1;
     fs::write(&file, &bytes).unwrap();
+    let fault = FaultRow::begins("a metadata image that was changed in the store");
     let loaded = rig.attach(&location).unwrap();
     assert!(read(&loaded.image, 0, 1).unwrap() == blocks(&image, 0, 1));
+    fault.ends("made again: data");
 }
 
 #[test]
@@ -480,7 +488,9 @@ fn what_contradicts_itself_is_refused() {
         let rig = Rig::new();
         let mut image = two_layers();
         spoil(&mut image);
+        let fault = FaultRow::begins("manifest, index and device table contradict each other");
         let error = rig.attach(&rig.push(&image, "v1")).unwrap_err();
+        fault.ends("the command fails");
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{what}: {}", error.chain());
     }
 }
@@ -495,7 +505,9 @@ fn a_damaged_metadata_blob_is_refused_and_not_kept() {
     let mut bad = good.clone();
     bad[20] ^= 1;
     fs::write(&path, bad).unwrap();
+    let fault = FaultRow::begins("a damaged metadata blob");
     assert_eq!(rig.attach(&location).unwrap_err().kind(), ErrorKind::Corrupt);
+    fault.ends("the command fails, and it is not kept");
     fs::write(&path, good).unwrap();
     assert!(rig.attach(&location).is_ok());
 }

@@ -1,6 +1,6 @@
 //! What happens to devices when processes end: each server here is a process of its own, this very program.
 //!
-//! Run by `cargo test`; takes a part of a test's name as a filter.
+//! Run by `cargo test`; takes parts of tests' names as filters.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![allow(dead_code, unused_imports, reason = "each test uses its part of what they share")]
@@ -22,6 +22,7 @@ use support::{open_direct, read_blocks, wait_until};
 use ublkimg_driver::device::{Prepared, QueueOptions, Transport, ublk};
 use ublkimg_driver::image;
 use ublkimg_driver::{ErrorKind, mounts, namespace};
+use ublkimg_tests::fault_row::FaultRow;
 
 /// How long a chunk takes: a reader of the whole device is not done when its server is killed.
 const CHUNK_DELAY_MS: u64 = 20;
@@ -31,7 +32,7 @@ fn main() {
     if arguments.first().is_some_and(|first| first == "server") {
         return server(&arguments[1..]);
     }
-    let filter = arguments.iter().find(|argument| !argument.starts_with('-'));
+    let filters: Vec<_> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
     let tests: [(&str, fn()); 6] = [
         ("a_reader_does_not_notice_that_its_server_was_killed", a_reader_does_not_notice_that_its_server_was_killed),
         ("a_device_without_a_server_can_be_deleted", a_device_without_a_server_can_be_deleted),
@@ -40,10 +41,12 @@ fn main() {
         ("a_mounted_device_goes_when_it_is_unmounted", a_mounted_device_goes_when_it_is_unmounted),
         ("a_killed_fuse_server_leaves_nothing", a_killed_fuse_server_leaves_nothing),
     ];
-    for (name, test) in tests.into_iter().filter(|(name, _)| filter.is_none_or(|filter| name.contains(filter))) {
+    let is_wanted = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    for (name, test) in tests.into_iter().filter(|(name, _)| is_wanted(name)) {
         println!("test {name} ...");
         let start = Instant::now();
-        test();
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(test).unwrap();
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         println!("test {name} ok, {:.1} s", start.elapsed().as_secs_f32());
     }
 }
@@ -168,9 +171,11 @@ fn a_reader_does_not_notice_that_its_server_was_killed() {
     let second = Server::start(Transport::Ublk, &origin, directory.path(), Some(id));
     assert_eq!(second.path, path);
     std::thread::sleep(Duration::from_millis(5 * CHUNK_DELAY_MS));
+    let fault = FaultRow::begins("`kill -9` of a server that has just recovered a device");
     second.kill();
     // At once: the kernel may still be busy with the dead server.
     let third = Server::start(Transport::Ublk, &origin, directory.path(), Some(id));
+    fault.ends("the reader waits for the next server: data");
     reader.join().unwrap();
     assert_eq!(third.stop(), "Ok(())");
     assert_eq!(state(id), None);
@@ -208,8 +213,10 @@ fn a_device_that_was_not_started_is_taken_back() {
         Prepared::new(Transport::Ublk, driver.image.clone(), QueueOptions::default(), directory.path()).unwrap();
     let id = prepared.ublk_id().unwrap();
     assert_eq!(state(id), Some(ublk::DeviceState::Dead));
+    let fault = FaultRow::begins("`kill -9` between adding a device and its start");
     drop(prepared);
     assert_eq!(state(id), None);
+    fault.ends("the device is deleted");
     assert_eq!(Prepared::recover(driver.image.clone(), id).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
@@ -228,8 +235,10 @@ fn a_server_ends_although_its_device_is_mounted() {
     let number = mounts::device_number(&first.path).unwrap();
     let holders = mounts::holders(number).unwrap();
     assert!(holders.iter().any(|holder| holder.mount_points.contains(&mount_point)), "{holders:?}");
+    let fault = FaultRow::begins("`kill -9` while the device is mounted");
     first.kill();
     let second = Server::start(Transport::Ublk, &origin, directory.path(), Some(id));
+    fault.ends("the server ends, the mount stays, the next one takes the device back");
     let place = mount_point.to_str().unwrap();
     assert_eq!(second.detached.matches(place).count(), 2, "detached: {}", second.detached);
     second.abandon();
@@ -283,8 +292,10 @@ fn a_killed_fuse_server_leaves_nothing() {
             reader.kill().unwrap();
             assert!(!reader.wait().unwrap().success());
         }
+        let fault = FaultRow::begins("`kill -9` of a FUSE server");
         server.kill();
         assert!(!reader.wait().unwrap().success());
+        fault.ends("EIO; nothing is left");
         wait_until("a free loop device", Duration::from_secs(5), || {
             std::fs::read_to_string(&backing).ok() != Some(ours.clone())
         });

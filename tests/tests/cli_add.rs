@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use ublkimg_tests::compare::compare_trees;
+use ublkimg_tests::fault_row::FaultRow;
 use ublkimg_tests::host::{self, Host};
 use ublkimg_tests::oci_layout::{Compression, Layer, OciLayout};
 use ublkimg_tests::registry::{Auth, Credentials, Fault, Toxic};
@@ -210,7 +211,9 @@ fn wrong_credentials() {
     let address = host.registry.addr().to_string();
     host.add("a", &[]).refused(4, &[&address]);
     let file = host.root.file("auth.json", format!(r#"{{"auths": {{"{address}": {{"auth": "dXNlcjpndWVzcw=="}}}}}}"#));
+    let fault = FaultRow::begins("wrong credentials");
     host.add("a", &["--auth-file", file.unwrap().to_str().unwrap()]).refused(4, &[&address]);
+    fault.ends("the command fails with exit code 4, no secret in the message");
     assert!(!host.log().contains("dXNlcjpndWVzcw"), "secrets are not for logs");
     host.end();
 }

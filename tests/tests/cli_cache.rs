@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use ublkimg_tests::command::ublkimg;
+use ublkimg_tests::fault_row::FaultRow;
 use ublkimg_tests::host::{self, Host};
 use ublkimg_tests::registry::{Auth, Credentials};
 use ublkimg_tests::sample_image::SampleImage;
@@ -85,6 +86,7 @@ fn a_byte_that_changed_on_the_disk_is_found_and_fetched_again() {
     let dir = host.mounted("sample");
     let files = read_all(&dir);
     host.ublkimg(&["cache", "verify"]).success();
+    let fault = FaultRow::begins("a changed byte in a data file");
     for entry in std::fs::read_dir(host.root.join("store/blobs")).unwrap().map(Result::unwrap) {
         if entry.path().extension().is_some_and(|extension| extension == "data") {
             let data = std::fs::File::options().read(true).write(true).open(entry.path()).unwrap();
@@ -100,6 +102,7 @@ fn a_byte_that_changed_on_the_disk_is_found_and_fetched_again() {
     assert!(found["damaged_blocks"].as_u64().unwrap() > 0, "{found}");
     host.ublkimg(&["cache", "verify"]).success();
     assert!(read_all(&dir) == files);
+    fault.ends("found by `cache verify`, dropped, fetched again");
     host.end();
 }
 

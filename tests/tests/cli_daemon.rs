@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::Value;
+use ublkimg_tests::fault_row::FaultRow;
 use ublkimg_tests::host::{self, Host};
 use ublkimg_tests::leaks;
 use ublkimg_tests::registry::Auth;
@@ -71,7 +72,9 @@ fn a_device_in_use_stays() {
     host.ublkimg(&["daemon", "--stop"]).refused(9, &[]);
 
     let open = std::fs::File::open(dir.join("etc/replaced")).unwrap();
+    let fault = FaultRow::begins("a device that is still in use is removed");
     host.ublkimg(&["rm", dir_text]).refused(9, &[dir_text]);
+    fault.ends("refused with exit code 9; it stays as it was");
     assert_eq!(std::fs::read(dir.join("etc/added")).unwrap(), b"added\n", "a refused removal changes nothing");
     drop(open);
 

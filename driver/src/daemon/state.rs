@@ -160,6 +160,8 @@ pub fn boot_id() -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use ublkimg_tests::fault_row::FaultRow;
+
     use super::*;
 
     fn record(name: &str) -> DeviceRecord {
@@ -204,7 +206,9 @@ mod tests {
         fs::write(dir.path().join("cut.json"), &bytes[..bytes.len() / 2]).unwrap();
         fs::write(dir.path().join("other.json"), &bytes).unwrap();
         fs::write(dir.path().join(".x.new"), b"").unwrap();
+        let fault = FaultRow::begins("a device record that was cut short");
         let names: Vec<_> = records.read_all().unwrap().into_iter().map(|r| r.name).collect();
+        fault.ends("reported, left alone");
         assert_eq!(names, ["good"]);
     }
 

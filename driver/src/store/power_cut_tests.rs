@@ -9,8 +9,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use ublkimg_image::BLOCK_SIZE;
+use ublkimg_tests::fault_row;
 
 use super::journal::Step;
 use super::*;
@@ -38,6 +40,8 @@ struct Life {
     disk: Files,
     steps: Steps,
     promises: Vec<(usize, Promised)>,
+    /// How long its store took to open.
+    opened_in: Duration,
 }
 
 fn index_of(blob: u8) -> Sha256 {
@@ -101,8 +105,11 @@ fn live(disk: Files, promised: &Promised, boot: u8, random: &mut Random) -> Resu
     let mut promised = promised.clone();
     let mut promises = vec![(0, promised.clone())];
     let mut wrong = Vec::new();
+    let began = Instant::now();
+    let opened_in;
     {
         let store = Store::open_in_boot(&root, BootId([boot; 16])).unwrap();
+        opened_in = began.elapsed();
         wrong.extend(faults(&store, &promised));
         let blobs: Vec<_> = (0..BLOBS).map(|blob| store.blob(index_of(blob), BLOCKS).unwrap()).collect();
         for _ in 0..STEPS_PER_LIFE {
@@ -124,7 +131,7 @@ fn live(disk: Files, promised: &Promised, boot: u8, random: &mut Random) -> Resu
         other => other,
     };
     let steps = steps.into_iter().map(|(path, step)| (relative(&path), relative_step(step))).collect();
-    if wrong.is_empty() { Ok(Life { disk, steps, promises }) } else { Err(wrong) }
+    if wrong.is_empty() { Ok(Life { disk, steps, promises, opened_in }) } else { Err(wrong) }
 }
 
 fn present(blobs: &[Arc<BlobFile>]) -> Vec<(u8, u32)> {
@@ -286,12 +293,13 @@ fn promised_at(life: &Life, steps: usize) -> Promised {
     life.promises.iter().rev().find(|(from, _)| *from <= steps).unwrap().1.clone()
 }
 
-/// Cuts a workload after each of its steps, and what goes on after that once more. The number of cuts, and the first faults.
-fn cut_everywhere(seed: u64, lies: bool) -> (usize, Vec<String>) {
+/// Cuts a workload after each of its steps, and what goes on after that once more. How long stores took to open after each
+/// cut, and the first faults.
+fn cut_everywhere(seed: u64, lies: bool) -> (Vec<Duration>, Vec<String>) {
     let mut random = Random::new(seed);
     let life = live(Files::new(), &Promised::default(), 1, &mut random).unwrap();
     let mut disk = ModelDisk::new(&life.disk, lies);
-    let mut cuts = 0;
+    let mut cuts = Vec::new();
     for done in 0..=life.steps.len() {
         if let Some((path, step)) = done.checked_sub(1).map(|last| &life.steps[last]) {
             disk.step(done - 1, path, step);
@@ -306,10 +314,10 @@ fn cut_everywhere(seed: u64, lies: bool) -> (usize, Vec<String>) {
         for (at, (path, step)) in again.steps[..cut_at].iter().enumerate() {
             second.step(at, path, step);
         }
-        if let Err(faults) = live(second.cut(&mut random), &promised_at(&again, cut_at), 3, &mut random) {
-            return (cuts, faults);
+        match live(second.cut(&mut random), &promised_at(&again, cut_at), 3, &mut random) {
+            Ok(last) => cuts.extend([again.opened_in, last.opened_in]),
+            Err(faults) => return (cuts, faults),
         }
-        cuts += 2;
     }
     (cuts, Vec::new())
 }
@@ -317,12 +325,15 @@ fn cut_everywhere(seed: u64, lies: bool) -> (usize, Vec<String>) {
 #[test]
 fn whatever_a_power_cut_leaves_no_block_is_wrong_and_nothing_durable_is_forgotten() {
     let seeds = std::env::var("UBLKIMG_POWERCUT_SEEDS").map_or(3, |seeds| seeds.parse().unwrap());
-    let mut cuts = 0;
+    let mut cuts = Vec::new();
     for seed in 0..seeds {
         let (made, faults) = cut_everywhere(seed, false);
         assert_eq!(faults, Vec::<String>::new(), "seed {seed}");
-        cuts += made;
+        cuts.extend(made);
     }
+    let longest = cuts.iter().max().copied().unwrap_or_default();
+    fault_row::seen("power cut at any step of the store", "durable blocks are there, no wrong one", longest);
+    let cuts = cuts.len();
     println!("{cuts} power cuts in {seeds} workloads: 0 wrong blocks, 0 durable blocks forgotten");
     assert!(cuts > 50);
 }

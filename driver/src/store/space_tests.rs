@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 use ublkimg_image::BLOCK_SIZE;
+use ublkimg_tests::fault_row::FaultRow;
 
 use super::*;
 
@@ -142,6 +143,7 @@ fn eviction_during_reads_never_serves_a_hole() {
     let blob = store.blob(index(1), 64).unwrap();
     let expected: Vec<u8> = (0..64).flat_map(content).collect();
     let is_over = AtomicBool::new(false);
+    let fault = FaultRow::begins("evicted while it is read");
     let (reads, stale) = std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
             let (mut reads, mut stale) = (0, 0);
@@ -169,6 +171,7 @@ fn eviction_during_reads_never_serves_a_hole() {
         is_over.store(true, Ordering::Relaxed);
         reader.join().unwrap()
     });
+    fault.ends("looked up again, never a hole (300 evictions, all of them)");
     println!("{reads} reads, {stale} tried again");
 }
 
@@ -182,7 +185,9 @@ fn a_disk_that_fails_costs_no_error() {
         let full: journal::Trouble = |_| Some(Errno::NOSPC);
         let broken: journal::Trouble = |_| Some(Errno::IO);
         journal::set_trouble(root.path(), Some(if errno == Errno::IO { broken } else { full }));
+        let fault = FaultRow::begins("a chunk that the cache disk does not take: full, or an error");
         write(&blob, start..start + 64);
+        fault.ends("the chunk is kept in memory");
         journal::set_trouble(root.path(), None);
         assert_eq!(blob.count(start..start + 64), 0, "not on the disk");
         assert!(blob.holds(start..start + 64), "in memory");

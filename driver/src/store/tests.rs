@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt as _;
 
 use proptest::prelude::*;
 use ublkimg_image::BLOCK_SIZE;
+use ublkimg_tests::fault_row::FaultRow;
 
 use super::*;
 
@@ -128,7 +129,9 @@ fn a_damaged_bitmap_is_an_absent_one() {
             damage(&mut bytes);
             fs::write(path, bytes).unwrap();
             let boot = if path == &live { BOOT } else { NEXT_BOOT };
+            let fault = FaultRow::begins("a damaged bitmap");
             let (_store, blob) = reopened(root.path(), boot);
+            fault.ends("taken for absent: its blocks are fetched again");
             let expected = if path == &live { 7 } else { 0 };
             assert_eq!(blob.present_blocks(), expected, "damage {number} to {}", path.display());
         }
@@ -150,7 +153,9 @@ fn a_data_file_of_another_length_is_empty() {
         blob.sync().unwrap();
     });
     OpenOptions::new().write(true).open(&data).unwrap().set_len(4096).unwrap();
+    let fault = FaultRow::begins("a data file that was cut");
     let (_store, blob) = reopened(root.path(), BOOT);
+    fault.ends("empty: its blocks are fetched again");
     assert_eq!(blob.present_blocks(), 0);
     assert_eq!(read_block(&blob, 0), vec![0; BLOCK_SIZE]);
 }
@@ -160,7 +165,9 @@ fn one_process_owns_the_store_for_as_long_as_a_blob_is_open() {
     let root = tempfile::tempdir().unwrap();
     let (store, blob) = reopened(root.path(), BOOT);
     let busy = || Store::open_in_boot(root.path(), BOOT).map(drop).map_err(|error| error.kind());
+    let fault = FaultRow::begins("two processes want one store");
     assert_eq!(busy(), Err(ErrorKind::Busy));
+    fault.ends("the second is refused");
     drop(store);
     assert_eq!(busy(), Err(ErrorKind::Busy));
     drop(blob);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use ublkimg_registry::{ClientOptions, ErrorKind};
 
 use crate::fake::{Answer, Fake, Seen, Then, answer, blob, hasty, options, partial};
+use crate::fault_row::FaultRow;
 
 /// A token service that gives T0, T1, ..., and a registry that takes the tokens from `valid` on.
 struct Pair {
@@ -144,7 +145,9 @@ async fn an_identity_token_is_exchanged() {
 #[tokio::test]
 async fn a_token_that_gives_no_access_is_not_asked_for_again() {
     let pair = pair(|_, _| token(5000)).await;
+    let fault = FaultRow::begins("a token that gives no access");
     let error = pair.registry.open(&options()).await.blob_range(&blob(1000).1, 0..10).await.unwrap_err();
+    fault.ends("EIO; it is not asked for again");
     assert_eq!(error.kind(), ErrorKind::Unauthorized);
     assert_eq!((pair.registry.count(), pair.tokens.count()), (2, 1));
 }
@@ -152,7 +155,9 @@ async fn a_token_that_gives_no_access_is_not_asked_for_again() {
 #[tokio::test]
 async fn a_token_service_in_trouble_is_waited_for() {
     let pair = pair(|_, number| if number < 2 { answer(500, &[], "") } else { token(number) }).await;
+    let fault = FaultRow::begins("token service down");
     pair.registry.open(&options()).await.blob_range(&blob(1000).1, 0..10).await.unwrap();
+    fault.ends("waited for, then data");
     assert_eq!(pair.tokens.count(), 3);
 }
 
@@ -163,10 +168,12 @@ async fn a_hanging_token_service_holds_all_readers_once() {
     let repository = pair.registry.open(&ClientOptions { retry_deadline: Duration::ZERO, ..hasty() }).await;
     let digest = blob(1000).1;
     let started = std::time::Instant::now();
+    let fault = FaultRow::begins("token service hangs beyond every deadline");
     let reads = (0..20).map(|_| repository.blob_range(&digest, 0..10));
     for result in futures_util::future::join_all(reads).await {
         assert_eq!(result.unwrap_err().kind(), ErrorKind::Unavailable);
     }
+    fault.ends("one request for all readers, which wait for it, then EIO");
     assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
 }
 
@@ -174,7 +181,9 @@ async fn a_hanging_token_service_holds_all_readers_once() {
 async fn rubbish_from_a_token_service_is_refused() {
     for rubbish in ["", "{}", r#"{"token":""}"#, r#"{"token":"a\nb"}"#, r#"{"token":1}"#, "SECRET"] {
         let pair = pair(move |_, _| answer(200, &[], rubbish)).await;
+        let fault = FaultRow::begins("rubbish from the token service");
         let error = pair.registry.open(&options()).await.blob_range(&blob(1000).1, 0..10).await.unwrap_err();
+        fault.ends("EIO");
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{rubbish}: {error}");
         assert!(!format!("{error:?}").contains("SECRET"), "{error:?}");
     }

@@ -3,6 +3,9 @@
 
 mod auth;
 mod fake;
+#[allow(dead_code, unreachable_pub, reason = "shared with the crate of end-to-end tests")]
+#[path = "../../../tests/src/fault_row.rs"]
+mod fault_row;
 mod gate;
 mod manifest;
 mod push;

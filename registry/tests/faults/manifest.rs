@@ -5,6 +5,7 @@ use std::time::Duration;
 use ublkimg_registry::{ClientOptions, Digest, ErrorKind, MAX_MANIFEST_BYTES};
 
 use crate::fake::{Fake, Then, answer, options};
+use crate::fault_row::FaultRow;
 
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
@@ -49,7 +50,9 @@ async fn other_bytes_are_corrupt() {
     let repository = fake.open(&options()).await;
     let error = repository.resolve().await.unwrap_err();
     assert_eq!((error.kind(), fake.count()), (ErrorKind::Corrupt, 3), "{error}");
+    let fault = FaultRow::begins("a manifest with other bytes than its digest");
     let error = repository.manifest(&Digest::of(b"[]")).await.unwrap_err();
+    fault.ends("refused");
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     assert_eq!(&repository.manifest(&Digest::of(b"{}")).await.unwrap()[..], b"{}");
 }

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use ublkimg_registry::{ClientOptions, Digest, ErrorKind, Result};
 
 use crate::fake::{Answer, Fake, Seen, Then, answer, blob, hasty, options, partial, range_of};
+use crate::fault_row::FaultRow;
 
 const LEN: usize = 10_000;
 
@@ -67,7 +68,9 @@ async fn an_endless_answer_costs_no_more_than_the_slice() {
         let headers = [("Content-Range", "bytes 100-1099/10000"), ("Transfer-Encoding", "chunked")];
         answer(206, &headers, "FFFFFFF\r\n").then(Then::Forever)
     };
+    let fault = FaultRow::begins("an endless answer");
     let (result, count) = read(endless).await;
+    fault.ends("cut at the range, asked for again, then EIO");
     assert_eq!(result.unwrap_err().kind(), ErrorKind::Corrupt);
     assert_eq!(count, 3);
     assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());

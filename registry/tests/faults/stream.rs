@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use ublkimg_registry::{BlobSource, ClientOptions, Digest, ErrorKind, RangeStream, Repository, Result};
 
 use crate::fake::{Answer, Fake, Seen, Then, answer, blob, hasty, options, partial, range_of};
+use crate::fault_row::FaultRow;
 
 const LEN: usize = 900_000;
 const START: usize = 1000;
@@ -185,12 +186,14 @@ async fn no_progress_ends_it() {
 async fn a_drip_counts_as_a_break() {
     let once = ClientOptions { retry_deadline: Duration::ZERO, ..hasty() };
     let started = Instant::now();
+    let fault = FaultRow::begins("a body slower than 8 KiB/s");
     let (_, result, _) = stream(&once, |request, _, bytes| {
         let mut whole = partial(request, bytes);
         let rest = whole.bytes.split_off(whole.bytes.len() - (END - START));
         whole.then(Then::Drip(rest, Duration::from_millis(50)))
     })
     .await;
+    fault.ends("counts as a break");
     assert!(result.unwrap_err().to_string().ends_with("the answer comes too slowly"));
     assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use ublkimg_registry::{ClientOptions, ErrorKind};
 
 use crate::fake::{Fake, answer, blob, options};
+use crate::fault_row::FaultRow;
 
 /// Tells the child process where the TLS server is.
 const SERVER: &str = "UBLKIMG_TEST_TLS_SERVER";
@@ -69,7 +70,9 @@ async fn certificates_are_verified() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("blob"), blob(1000).0).unwrap();
     let Some((_server, authority)) = start(dir.path()) else { return };
+    let fault = FaultRow::begins("a certificate that does not verify");
     let (kind, text) = read(authority.clone()).await.unwrap_err();
+    fault.ends("EIO; the message says why");
     // A machine without any root certificates cannot even begin.
     assert!(matches!(kind, ErrorKind::Unavailable | ErrorKind::Invalid), "{text}");
     assert!(text.contains("certificate"), "{text}");

@@ -30,7 +30,7 @@ waited_ms() { echo $((($(date +%s%N) - began) / 1000000)); }
 without_server 1
 wait $reader || fail "the reader ended with $? although a server came after $(waited_ms) ms"
 [ "$(waited_ms)" -ge 900 ] || fail "the reader did not wait for the server"
-say "a server after a second: no error, after $(waited_ms) ms"
+fault_row 'no server for 1 s' 'readers wait: data' "$(waited_ms)"
 ublkimg cache gc --cache-limit 0 >/dev/null
 
 without_server 60
@@ -40,7 +40,7 @@ took_ms=$(waited_ms)
 [ "$took_ms" -le $((limit_ms + 5000)) ] || fail "the reader got its error after $took_ms ms only"
 ! wait $guard || fail "the guard ended well"
 [ ! -e "$DEV" ] || fail "$DEV is still there"
-say "no server within $limit_ms ms: an error after $took_ms ms, and no device"
+fault_row 'no server comes to serve within `--recovery-timeout` (3 s)' 'EIO; the device is deleted' "$took_ms"
 kill $holder
 umount "$WORK/one"
 [ "$(ublkimg ls | wc -l)" = 1 ] || fail "the next daemon has devices: $(ublkimg ls)"

@@ -15,6 +15,19 @@ fail() {
   exit 1
 }
 
+# fault_row WHAT OUTCOME MS : a row of the table in docs/guarantees.md, as tests/src/fault_row.rs prints them
+fault_row() {
+  took=$(awk -v ms="$3" 'BEGIN { if (ms < 10) print "< 10 ms"; else if (ms < 1000) printf "%d ms", ms; else printf "%.1f s", ms / 1000 }')
+  printf '\nfault: | %s | %s | %s | `tests/vm/lanes/%s` |\n' "$1" "$2" "$took" "$(basename "$0")"
+}
+# now_ms : a clock; busybox's date has no fractions
+now_ms() { awk '{ printf "%d", $1 * 1000 }' /proc/uptime; }
+# longest_ms : the longest read that a steady reader reported
+longest_ms() {
+  sed -n 's/.*longest \([^;]*\);.*/\1/p' "$WORK/steady" |
+    awk '/[0-9]ms$/ { print $1 + 0; next } /µs$/ { print $1 / 1000; next } { print $1 * 1000 }'
+}
+
 ublkimg() { "$BIN/ublkimg" --root "$WORK/store" --run-dir "$WORK/run" "$@"; }
 
 # registry TAG... : starts the test registry with these images of the layout; $REG is its address, images are $REG/sample:TAG

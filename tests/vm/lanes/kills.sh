@@ -24,5 +24,8 @@ for kill in $(seq "$kills"); do
   [ $rest_ms -le 0 ] || sleep "$(echo $rest_ms | awk '{ printf "%.3f", $1 / 1000 }')"
 done
 over
+fault_row '`kill -9` of the server, sometimes of the guard too' 'readers wait: data' "$(longest_ms)"
+fault_row '`kill -9` during recovery' 'readers wait: data' "$(longest_ms)"
+fault_row '`kill -9` during attach or removal' 'the command fails, and can be repeated' "$(cat "$WORK/failed_ms" 2>/dev/null || echo 0)"
 gone one two
 say "$kills kills"

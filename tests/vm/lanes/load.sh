@@ -21,10 +21,14 @@ steady() {
 comings() {
   rounds=0
   while [ ! -e "$WORK/over" ]; do
+    add_began=$(now_ms)
     if ublkimg add "$REG/sample:$1" --name "$1" --mount "$WORK/$1" --transport ublk >/dev/null 2>"$WORK/add.error"; then
       "$BIN/list-tree" "$WORK/$1" >"$WORK/$1.listed" 2>"$WORK/$1.errors" || { echo "a reader of $1 failed: $(cat "$WORK/$1.errors")" >>"$WORK/faults"; }
       cmp -s "$WORK/$1.listed" "$IMAGES/$1.list" || echo "the tree of $1 differs" >>"$WORK/faults"
       rounds=$((rounds + 1))
+    else
+      # how long the last one took to fail
+      echo $(($(now_ms) - add_began)) >"$WORK/failed_ms"
     fi
     ublkimg rm "$1" >/dev/null 2>&1 || true
   done

@@ -11,6 +11,7 @@ kill -0 $reader 2>/dev/null || fail "the reader was done before the kill: the re
 # the guard too, or it would bring the server back at once
 pids=$(daemons)
 [ -n "$pids" ] || fail "no daemon is running"
+began=$(now_ms)
 # shellcheck disable=SC2086 # one word each
 kill -9 $pids
 sleep 1
@@ -22,6 +23,7 @@ kill -0 $reader 2>/dev/null || {
 faults '{"slow": null}'
 ublkimg daemon >"$WORK/daemon.out" 2>&1 </dev/null &
 wait $reader || { cat "$WORK/daemon.out"; fail "the reader ended with $?"; }
+fault_row '`kill -9` of server and guard; a daemon comes after 1 s' 'readers wait for it: data' $(($(now_ms) - began))
 cmp -s "$WORK/listed" "$IMAGES/one.list" || fail "the tree differs"
 
 # once more, the server alone: the guard brings it back without being asked

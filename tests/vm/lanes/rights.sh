@@ -40,9 +40,13 @@ for ms in 0 20 40 60 80 100 140 180 240 300; do
   sleep "$(awk "BEGIN { print $ms / 1000 }")"
   victim=$(daemons --server)
   [ -z "$victim" ] || kill -9 "$victim" 2>/dev/null || true
+  began=$(now_ms)
   wait $adding || true
+  took_ms=$(($(now_ms) - began))
+  [ $took_ms -le ${slowest_ms:=0} ] || slowest_ms=$took_ms
   ublkimg rm one >/dev/null 2>&1 || true
 done
 [ "$(ublkimg ls | wc -l)" = 1 ] || fail "devices are left: $(ublkimg ls)"
+fault_row '`kill -9` during START_DEV' 'the command fails or a new server ends it; nothing hangs' "$slowest_ms"
 say "no reads at the start of a device; ten servers killed at moments of one left nothing"
 finish

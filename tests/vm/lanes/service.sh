@@ -23,6 +23,7 @@ for round in 1 2 3; do
   kill -TERM $guard
   began=$(date +%s%N)
   wait $started || fail "round $round: the guard ended with $?"
+  ended=$(now_ms)
   say "the daemon ended $((($(date +%s%N) - began) / 1000000)) ms after SIGTERM, with two images mounted"
   [ -z "$(daemons)" ] || fail "processes are left: $(daemons | tr '\n' ' ')"
   # reads of what is not in the page cache wait for the next daemon
@@ -31,6 +32,7 @@ for round in 1 2 3; do
   reader=$!
   start
   wait $reader || fail "round $round: a reader ended with $? over the restart"
+  fault_row 'SIGTERM while images are mounted' 'readers wait for the next daemon: data' $(($(now_ms) - ended))
   cmp -s "$WORK/waiting" "$IMAGES/one.list" || fail "round $round: the tree differs"
   same_tree "$WORK/two" two
 done

@@ -26,6 +26,7 @@ new ls | grep -q "^two " || fail "the new server does not know two: $(new ls)"
 touch "$WORK/over"
 wait "$steady_pid" || { cat "$WORK/steady" "$WORK/steady.errors"; fail "the steady reader ended with an error"; }
 say "$takeovers takeovers of two devices: $(cat "$WORK/steady")"
+fault_row 'a takeover by another program, ten times' 'readers wait: data' "$(longest_ms)"
 
 # by PROGRAM : has a program take over that cannot ask for it itself, and waits until it has failed
 by() {
@@ -53,8 +54,10 @@ rm "$WORK/over"
 steady_pid=$!
 server=$(daemons --server)
 program dies-at-once 'exit 3'
+began=$(now_ms)
 by "$WORK/dies-at-once"
 by "$WORK/is-not-there"
+at_once_ms=$(($(now_ms) - began))
 [ "$(daemons --server)" = "$server" ] || fail "the old server is gone: $server became $(daemons --server)"
 asks="\"$WORK/new\" \"\$@\" & while kill -0 $server 2>/dev/null; do sleep 0.01; done; kill -9 \$!"
 program dies-when-it-has-asked "$asks; exit 1"
@@ -68,4 +71,6 @@ new daemon --takeover || fail "a takeover after some that failed ended with $?"
 touch "$WORK/over"
 wait "$steady_pid" || { cat "$WORK/steady" "$WORK/steady.errors"; fail "the steady reader ended with an error"; }
 say "four programs that are broken: $(cat "$WORK/steady")"
+fault_row 'a takeover by a program that ends at once, or is not there' 'the old server serves on: data' "$at_once_ms"
+fault_row 'a takeover by a program that dies or hangs after it has asked' 'readers wait, the old program is started again: data' "$(longest_ms)"
 gone one two
