@@ -50,8 +50,8 @@ pub struct Pulled {
 /// Fetches an image, or what its profile names, into the store.
 ///
 /// # Errors
-/// As [`attach`]; `NotFound` when only the profile is wanted and there is none; `Unavailable` when something could not be
-/// had, which the log names.
+/// As [`attach`]; `NotFound` when only the profile is wanted and there is none; `NoSpace` when the disk does not take all of it;
+/// `Unavailable` when something could not be had, which the log names.
 pub async fn pull(
     store: &Arc<Store>,
     engine: &Engine,
@@ -59,12 +59,21 @@ pub async fn pull(
     options: &AttachOptions,
     what: Pull,
 ) -> Result<Pulled> {
+    let overflowed = store.overflowed_chunks();
     let loaded = attach(store, engine, location, options).await?;
     let fetched = match what {
         Pull::All => whole(&loaded).await,
         Pull::Profile => followed(location, &loaded, options.read_deadline).await,
     };
     loaded.image.detach();
+    // Memory has them, which is of use to a device but not to who wants them on the disk.
+    let overflowed = store.overflowed_chunks().saturating_sub(overflowed);
+    if overflowed > 0 {
+        let text = format!(
+            "the disk of the store is full: {overflowed} chunks of {location} found no room, free some and pull again"
+        );
+        return Err(Error::new(ErrorKind::NoSpace, text));
+    }
     fetched?;
     let store = Arc::clone(store);
     let synced = tokio::task::spawn_blocking(move || store.sync()).await;

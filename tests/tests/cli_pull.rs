@@ -108,3 +108,16 @@ fn a_name_that_nobody_attached_needs_its_registry() {
     let reference = other.reference("sample", "v1");
     host.ublkimg(&["pull", &reference]).refused(3, &[&reference]);
 }
+
+#[test]
+fn a_disk_that_is_full_is_said_to_be() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let small = host.root.tmpfs("small", 2 << 20).unwrap();
+    let reference = host.registry.reference("sample", "v1");
+    let small = small.to_str().unwrap();
+    host.ublkimg(&["--root", small, "pull", &reference]).refused(10, &["the disk of the store is full"]);
+    host.end();
+}

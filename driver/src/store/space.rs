@@ -118,8 +118,14 @@ impl Store {
             used_bytes,
             free_bytes: file_system.f_bavail * file_system.f_frsize,
             disk_bytes: file_system.f_blocks * file_system.f_frsize,
-            overflowed_chunks: self.shared.overflow.taken(),
+            overflowed_chunks: self.overflowed_chunks(),
         })
+    }
+
+    /// Chunks that the disk did not take since the store was opened: it was full, or broken.
+    #[must_use]
+    pub fn overflowed_chunks(&self) -> u64 {
+        self.shared.overflow.taken()
     }
 
     /// All blob files, least recently used first.
