@@ -29,7 +29,7 @@ install -D -m 644 "$root/docs/ublkimg.bash" "$tree/usr/share/bash-completion/com
 install -D -m 644 "$root/docs/_ublkimg" "$tree/usr/share/zsh/vendor-completions/_ublkimg"
 install -D -m 644 "$root/docs/ublkimg.fish" "$tree/usr/share/fish/vendor_completions.d/ublkimg.fish"
 install -D -m 644 "$root/docs/config.toml" "$tree/etc/ublkimg/config.toml"
-install -D -m 644 -t "$tree/usr/share/doc/ublkimg" "$here/../LICENSE" "$here/../CHANGELOG.md" "$here"/../docs/*.md
+install -D -m 644 -t "$tree/usr/share/doc/ublkimg" "$here/../LICENSE" "$here/../CHANGELOG.md" "$here"/../docs/*.md "$here/grafana.json"
 mv "$tree/usr/share/doc/ublkimg/LICENSE" "$tree/usr/share/doc/ublkimg/copyright"
 
 version=$("$tree/usr/bin/ublkimg" --version | cut -d' ' -f2)

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 
 use crate::first_reads::FirstReadStatistics;
+use crate::latency::ReadLatencies;
 use crate::outage::Outage;
 use crate::start_events::StartEvents;
 
@@ -72,10 +73,13 @@ pub struct ImageStatistics {
     pub verification_failures: u64,
     /// The requests that read a block for the first time.
     pub first_reads: FirstReadStatistics,
+    /// How long requests took.
+    #[serde(default)]
+    pub latencies: ReadLatencies,
 }
 
 impl ImageCounters {
-    /// Reads all counters, each at its own moment. First reads are counted elsewhere, and are left at zero.
+    /// Reads all counters, each at its own moment. First reads and latencies are counted elsewhere, and are left at zero.
     #[must_use]
     pub fn statistics(&self) -> ImageStatistics {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -94,6 +98,7 @@ impl ImageCounters {
             copied_bytes: load(&self.copied_bytes),
             verification_failures: load(&self.verification_failures),
             first_reads: FirstReadStatistics::default(),
+            latencies: ReadLatencies::default(),
         }
     }
 }

@@ -24,6 +24,7 @@ use crossbeam::queue::ArrayQueue;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
+use crate::latency::{Latencies, ReadLatencies};
 use crate::start_events::ReadOutcome;
 
 /// First reads that wait for the recorder: 1.5 MiB while one runs. It looks every 250 ms at the latest, so that this is
@@ -129,6 +130,7 @@ pub(crate) struct FirstReads {
     seen_blocks: AtomicU64,
     pushed: AtomicU64,
     pushed_blocks: AtomicU64,
+    latencies: Latencies,
     /// On the clock of the start.
     first_at_us: AtomicU64,
     /// Taken by requests that wait only.
@@ -156,6 +158,7 @@ impl FirstReads {
             seen_blocks: AtomicU64::new(0),
             pushed: AtomicU64::new(0),
             pushed_blocks: AtomicU64::new(0),
+            latencies: Latencies::default(),
             first_at_us: AtomicU64::new(NEVER_US),
             waiting: Mutex::default(),
             waiting_since_us: AtomicU64::new(NEVER_US),
@@ -240,6 +243,14 @@ impl FirstReads {
                 (outcome, since.elapsed())
             }
         };
+        if with_data && !read.is_pushed {
+            match (outcome, read.first) {
+                (ReadOutcome::Hit, Some((at, _))) => self.latencies.note(outcome, at.elapsed()),
+                // What was read before costs nobody a look at the clock.
+                (ReadOutcome::Hit, None) => {}
+                _ => self.latencies.note(outcome, stall),
+            }
+        }
         let (at, blocks) = read.first.filter(|_| with_data)?;
         if read.is_pushed {
             self.pushed.fetch_add(1, Ordering::Relaxed);
@@ -307,6 +318,10 @@ impl FirstReads {
             pushed: load(&self.pushed),
             pushed_blocks: load(&self.pushed_blocks),
         }
+    }
+
+    pub(crate) fn latencies(&self) -> ReadLatencies {
+        self.latencies.statistics()
     }
 
     /// From now on first reads are kept for [`FirstReads::pop`]. False if that is so already.

@@ -505,7 +505,8 @@ impl ServedImage {
     /// What the image has done so far.
     #[must_use]
     pub fn statistics(&self) -> ImageStatistics {
-        ImageStatistics { first_reads: self.first_reads.statistics(), ..self.counters.statistics() }
+        let (first_reads, latencies) = (self.first_reads.statistics(), self.first_reads.latencies());
+        ImageStatistics { first_reads, latencies, ..self.counters.statistics() }
     }
 
     /// What waits for the registry now.

@@ -17,6 +17,7 @@ mod hot;
 pub mod image;
 mod kept_chunks;
 pub mod kernel;
+pub mod latency;
 mod memory;
 pub mod mounts;
 pub mod namespace;

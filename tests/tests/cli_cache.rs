@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
@@ -140,6 +141,21 @@ fn no_secret_is_written_anywhere() {
     host.end();
 }
 
+/// Names of metrics in the queries of the dashboard.
+fn shown_by_dashboard() -> BTreeSet<String> {
+    let text = include_str!("../../packaging/grafana.json");
+    let dashboard: serde_json::Value = serde_json::from_str(text).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap().iter();
+    let targets = panels.flat_map(|panel| panel["targets"].as_array().unwrap());
+    let mut queries: Vec<&str> = targets.map(|target| target["expr"].as_str().unwrap()).collect();
+    queries
+        .extend(dashboard["templating"]["list"].as_array().unwrap().iter().map(|list| list["query"].as_str().unwrap()));
+    let words = queries.iter().flat_map(|query| query.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'));
+    let names: BTreeSet<String> = words.filter(|word| word.starts_with("ublkimg_")).map(str::to_owned).collect();
+    assert!(names.len() > 10, "{names:?}");
+    names
+}
+
 #[test]
 fn metrics_say_what_was_read_and_fetched() {
     if let Some(reason) = host::lacking() {
@@ -151,6 +167,7 @@ fn metrics_say_what_was_read_and_fetched() {
     let mount = host.mounted("sample");
     let read = std::process::Command::new("tar").arg("-cf").arg("-").arg(&mount).output().unwrap();
     assert!(read.status.success());
+    host.ublkimg(&["ready", mount.to_str().unwrap()]).success();
     let page = metrics();
     // Every sample has a name that was announced, and a number.
     let mut announced = Vec::new();
@@ -160,7 +177,9 @@ fn metrics_say_what_was_read_and_fetched() {
         } else if !line.starts_with('#') {
             let (sample, value) = line.rsplit_once(' ').unwrap();
             let name = sample.split('{').next().unwrap();
-            assert_eq!(announced.last().map(String::as_str), Some(name), "{line}");
+            let of_histogram = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+            let last = announced.last().map(String::as_str);
+            assert!(last == Some(name) || last == of_histogram, "{line}");
             assert!(value.parse::<f64>().is_ok(), "{line}");
         }
     }
@@ -172,7 +191,17 @@ fn metrics_say_what_was_read_and_fetched() {
     assert!(value("ublkimg_read_bytes_total{name=\"sample-v1\"}") > 0.0);
     assert!(value("ublkimg_fetched_bytes_total{name=\"sample-v1\"}") > 0.0);
     assert!(value("ublkimg_reads_total{name=\"sample-v1\",result=\"miss\"}") > 0.0);
+    let duration = |part: &str| value(&format!("ublkimg_read_duration_seconds_{part}"));
+    let misses = "{name=\"sample-v1\",result=\"miss\"";
+    assert!(duration(&format!("sum{misses}")) > 0.0);
+    assert_eq!(duration(&format!("bucket{misses},le=\"+Inf\"")), duration(&format!("count{misses}")));
+    assert!(duration(&format!("count{misses}")) <= value(&format!("ublkimg_reads_total{misses}")));
+    assert!(duration("count{name=\"sample-v1\",result=\"hit\"") > 0.0);
     assert!(value("ublkimg_store_bytes") > 0.0);
+    let samples: BTreeSet<&str> = page.lines().filter_map(|line| line.split(['{', ' ']).next()).collect();
+    let missing: Vec<String> =
+        shown_by_dashboard().into_iter().filter(|name| !samples.contains(name.as_str())).collect();
+    assert!(missing.is_empty(), "the dashboard shows what there is not: {missing:?}");
     let file = host.root.join("ublkimg.prom");
     host.ublkimg(&["metrics", "-o", file.to_str().unwrap()]).success();
     assert!(std::fs::read_to_string(&file).unwrap().contains("ublkimg_up 1\n"));

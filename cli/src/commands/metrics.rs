@@ -8,6 +8,7 @@ use std::path::Path;
 
 use ublkimg_driver::daemon::protocol::{CacheAnswer, CacheRequest, DeviceStatus, StartFigures};
 use ublkimg_driver::error::Error;
+use ublkimg_driver::latency::{BUCKETS_US, Histogram, ReadLatencies};
 
 use super::{cache, ls, status};
 use crate::args::{Global, Metrics};
@@ -95,6 +96,16 @@ fn of_reads(page: &mut Page, devices: &[DeviceStatus]) {
         "Read requests that pushed blocks into the page cache before anybody read them; not among the first reads.",
         devices.iter().map(|device| (name_of(device), device.counters.first_reads.pushed)),
     );
+    let durations = devices.iter().flat_map(|device| {
+        let ReadLatencies { hits, late_hits, misses } = device.counters.latencies;
+        [("hit", hits), ("late_hit", late_hits), ("miss", misses)]
+            .map(|(result, histogram)| ([("name", device.name.clone()), ("result", result.to_owned())], histogram))
+    });
+    page.histogram(
+        "ublkimg_read_duration_seconds",
+        "How long read requests took: all that waited, and those hits that read a block for the first time.",
+        durations,
+    );
     let of = |value: fn(&DeviceStatus) -> u64| devices.iter().map(move |device| (name_of(device), value(device)));
     page.counter("ublkimg_read_bytes_total", "Bytes read from the device.", of(|device| device.counters.read_bytes));
     page.counter("ublkimg_read_errors_total", "Reads that failed.", of(|device| device.counters.errors));
@@ -146,6 +157,31 @@ impl Page {
 
     fn gauge<V: Display>(&mut self, name: &str, help: &str, samples: impl IntoIterator<Item = (String, V)>) {
         self.metric(name, "gauge", help, samples);
+    }
+
+    /// Buckets are of all that took at most so long, as the format wants it.
+    fn histogram<const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = ([(&'static str, String); N], Histogram)>,
+    ) {
+        let mut samples = samples.into_iter().peekable();
+        if samples.peek().is_none() {
+            return;
+        }
+        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} histogram");
+        for (labels, histogram) in samples {
+            let ends = BUCKETS_US.iter().map(|end_us| seconds(*end_us)).chain(["+Inf".to_owned()]);
+            let mut count = 0;
+            for (end, bucket) in ends.zip(histogram.buckets) {
+                count += bucket;
+                let labels: Vec<_> = labels.iter().cloned().chain([("le", end)]).collect();
+                let _ = writeln!(self.0, "{name}_bucket{} {count}", labels_of(&labels));
+            }
+            let labels = labels_of(&labels);
+            let _ = writeln!(self.0, "{name}_sum{labels} {}\n{name}_count{labels} {count}", seconds(histogram.sum_us));
+        }
     }
 
     /// All samples of a name stand together, as the format wants it; a name without samples is left out.
@@ -202,10 +238,32 @@ mod tests {
     }
 
     #[test]
+    fn buckets_of_a_histogram_add_up() {
+        let mut histogram = Histogram { sum_us: 1_500_000, ..Histogram::default() };
+        (histogram.buckets[0], histogram.buckets[2], histogram.buckets[15]) = (1, 2, 4);
+        let mut page = Page::default();
+        page.histogram("t", "T.", [([("name", "a".to_owned())], histogram)]);
+        let lines: Vec<&str> = page.0.lines().collect();
+        assert_eq!(lines[..2], ["# HELP t T.", "# TYPE t histogram"]);
+        for line in [
+            r#"t_bucket{name="a",le="0.000010"} 1"#,
+            r#"t_bucket{name="a",le="0.000050"} 1"#,
+            r#"t_bucket{name="a",le="0.000100"} 3"#,
+            r#"t_bucket{name="a",le="30.000000"} 3"#,
+            r#"t_bucket{name="a",le="+Inf"} 7"#,
+            r#"t_sum{name="a"} 1.500000"#,
+            r#"t_count{name="a"} 7"#,
+        ] {
+            assert!(lines.contains(&line), "{line}: {}", page.0);
+        }
+    }
+
+    #[test]
     fn a_name_without_samples_is_left_out() {
         let mut page = Page::default();
         page.gauge("x", "X.", Vec::<(String, u64)>::new());
         page.counter("y_total", "Y.", [(String::new(), 7)]);
+        page.histogram("z", "Z.", Vec::<([(&str, String); 1], Histogram)>::new());
         assert_eq!(page.0, "# HELP y_total Y.\n# TYPE y_total counter\ny_total 7\n");
     }
 }
