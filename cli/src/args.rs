@@ -66,6 +66,26 @@ pub(crate) struct Global {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// How to log: text for people, json with one object a line, or journal, which hands fields to systemd's journal
+    #[arg(long, global = true, env = "UBLKIMG_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
+    pub(crate) log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum LogFormat {
+    /// One line for people
+    Text,
+    /// One JSON object a line
+    Json,
+    /// Entries of systemd's journal, their fields with the prefix UBLKIMG_
+    Journal,
+}
+
+impl LogFormat {
+    /// As the option has it.
+    pub(crate) fn name(self) -> String {
+        clap::ValueEnum::to_possible_value(&self).map_or_else(String::new, |value| value.get_name().to_owned())
+    }
     /// Make an ublkimg image of a container image or a directory
     Convert(Convert),
     /// Fetch an image into the store of this host, without a device

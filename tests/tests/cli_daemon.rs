@@ -149,3 +149,26 @@ fn a_killed_server_comes_back() {
     assert_eq!(std::fs::read(dir.join("etc/added")).unwrap(), b"added\n");
     host.end();
 }
+
+#[test]
+fn logs_are_json_where_that_is_wanted() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let mount = host.root.join("mnt");
+    let log = ["--log", "ublkimg_driver=debug,warn", "--log-format", "json"];
+    host.add("sample", &[&["--mount", mount.to_str().unwrap()][..], &log].concat()).success();
+    std::fs::read(mount.join("data/prose")).unwrap();
+    host.ublkimg(&["rm", "sample-v1"]).success();
+    host.ublkimg(&["daemon", "--stop"]).success();
+    let lines: Vec<serde_json::Value> =
+        host.log().lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"))).collect();
+    assert!(!lines.is_empty());
+    for line in &lines {
+        for field in ["timestamp", "level", "message"] {
+            assert!(line[field].is_string(), "{field}: {line}");
+        }
+    }
+    host.end();
+}

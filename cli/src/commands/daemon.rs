@@ -55,7 +55,8 @@ fn limits(command: &Daemon) -> Limits {
     Limits { cache_bytes_max: command.limits.cache_limit, free_bytes_min: command.limits.free_floor }
 }
 
-fn stop(directories: &Directories, keep_devices: bool) -> anyhow::Result<()> {
+/// Ends the daemon, if there is one, and waits until it has ended.
+pub(super) fn stop(directories: &Directories, keep_devices: bool) -> anyhow::Result<()> {
     let Some(_) = client::ask(directories, &Request::Stop { keep_devices }, STOP_TIMEOUT)? else { return Ok(()) };
     let deadline = std::time::Instant::now() + STOP_TIMEOUT;
     while guard::is_running(directories)
@@ -89,4 +90,5 @@ fn pass_limits(made: &mut Command, command: &Daemon) {
 pub(super) fn pass_global(command: &mut Command, global: &Global, directories: &Directories) {
     command.args(global.config.iter().flat_map(|file| [Path::new("--config"), file]));
     command.arg("--root").arg(&directories.root).arg("--run-dir").arg(&directories.run).args(["--log", &global.log]);
+    command.args(["--log-format", &global.log_format.name()]);
 }
