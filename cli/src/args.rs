@@ -11,6 +11,7 @@ pub(crate) mod report;
 pub(crate) mod runtime;
 pub(crate) mod trace;
 pub(crate) mod up;
+pub(crate) mod top;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -105,6 +106,8 @@ impl LogFormat {
     /// Write what a start took as one page
     Report(report::Report),
     /// Record the order in which a program reads the image: the trace that later starts follow
+    /// Show what all devices do, second by second
+    Top(top::Top),
     Record(Record),
     /// Say that the program that runs from a device is ready, which ends its start
     Ready(Ready),

@@ -2,6 +2,9 @@
 
 use std::io::{ErrorKind, Write};
 
+/// Terminals begin anew at the top of an empty screen (ECMA-48, "CUP" and "ED").
+pub(crate) const CLEARED: &str = "\x1b[H\x1b[2J";
+
 /// Prints a line.
 pub(crate) fn line(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();

@@ -30,6 +30,7 @@ mod root;
 mod runtime;
 mod status;
 mod trace;
+mod top;
 mod up;
 
 use std::path::Path;
@@ -57,6 +58,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Status(command) => status::run(global, &command),
         Command::Report(command) => report::run(global, &command),
         Command::Record(command) => record::run(global, &command),
+        Command::Top(command) => top::run(global, &command),
         Command::Ready(command) => ready::run(global, &command),
         Command::Fill(command) => fill::run(global, &command),
         Command::Inspect(command) => inspect::run(&command),

@@ -13,9 +13,6 @@ use super::ls;
 use crate::args::{Global, Status};
 use crate::output;
 
-/// Terminals begin anew at the top of an empty screen (ECMA-48, "CUP" and "ED").
-const CLEARED: &str = "\x1b[H\x1b[2J";
-
 /// What `status --json` prints.
 #[derive(Serialize)]
 struct Detail<'a> {
@@ -37,7 +34,7 @@ pub(super) fn run(global: &Global, command: &Status) -> anyhow::Result<()> {
             other => other?,
         };
         if std::io::stdout().is_terminal() && !command.json {
-            output::line(CLEARED)?;
+            output::line(output::CLEARED)?;
         }
         match show(&directories, command, &device) {
             Err(error) if super::hook::is_not_found(&error) => return Ok(()),
