@@ -12,4 +12,9 @@ pub(crate) struct Report {
     /// Where to write the page
     #[arg(short, long, value_name = "FILE.html")]
     pub(crate) output: PathBuf,
+    /// The trace of the start, for the files that it read (default: what this host recorded of it)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) registry: super::RegistryOptions,
 }

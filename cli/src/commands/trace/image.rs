@@ -9,8 +9,8 @@ use crate::args::RegistryOptions;
 use crate::args::trace::OfImage;
 
 /// An image and its files.
-pub(super) struct Named {
-    pub(super) stored: StoredImage,
+pub(in crate::commands) struct Named {
+    pub(in crate::commands) stored: StoredImage,
     pub(super) tree: Tree,
     pub(super) geometry: Geometry,
 }
@@ -22,7 +22,7 @@ impl Named {
     }
 
     /// The image that `reference` names.
-    pub(super) fn fetch(reference: &str, registry: &RegistryOptions) -> anyhow::Result<Self> {
+    pub(in crate::commands) fn fetch(reference: &str, registry: &RegistryOptions) -> anyhow::Result<Self> {
         let location = crate::commands::location(reference)?;
         let options = crate::commands::client_options(registry);
         let stored = crate::commands::runtime()?.block_on(async {

@@ -8,9 +8,10 @@ mod merge;
 pub(super) mod plot;
 mod pull;
 mod push;
-mod show;
+pub(super) mod show;
 
 pub(super) use file::load;
+pub(super) use image::Named;
 
 use ublkimg_convert::Dropped;
 

@@ -125,6 +125,17 @@ fn usage(trace: &Trace, image: &Named) -> (Vec<FileShare>, u64) {
     (files.collect(), usage.other_blocks + usage.unknown_blocks)
 }
 
+/// The files that a trace reads, for a page: of each what was read, how much of it that is, and when that began. Those with
+/// the most blocks first.
+pub(in crate::commands) fn files(trace: &Trace, image: &Named) -> Vec<(String, [String; 3])> {
+    let (files, _) = usage(trace, image);
+    let row = |file: FileShare| {
+        let part = percent(file.blocks, file.file_blocks);
+        (file.path, [output::bytes(bytes(file.blocks)), part, seconds(file.first_us)])
+    };
+    files.into_iter().map(row).collect()
+}
+
 /// Equal steps of time and the blocks that were read in each.
 fn timeline(trace: &Trace) -> Vec<Step> {
     let span_us = trace.span_us().max(1);
