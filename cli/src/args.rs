@@ -4,8 +4,10 @@ pub(crate) mod attach;
 pub(crate) mod bundle;
 pub(crate) mod cache;
 pub(crate) mod cdi;
+pub(crate) mod compare;
 pub(crate) mod hook;
 pub(crate) mod pull;
+pub(crate) mod readiness;
 pub(crate) mod registry;
 pub(crate) mod report;
 pub(crate) mod runtime;
@@ -20,6 +22,7 @@ use clap::{Args, Parser, Subcommand};
 use ublkimg_convert::ChunkSize;
 
 pub(crate) use self::attach::{AttachArguments, DataPathArgument, OnTimeout};
+pub(crate) use self::readiness::ReadinessArguments;
 pub(crate) use self::registry::RegistryOptions;
 
 /// Container images from a registry as read-only block devices: the container starts at once, its bytes stream in.
@@ -109,6 +112,8 @@ impl LogFormat {
     /// Show what all devices do, second by second
     Top(top::Top),
     Record(Record),
+    /// Start a command after a full pull, lazily, and with a profile, and say how long each took
+    Compare(compare::Compare),
     /// Say that the program that runs from a device is ready, which ends its start
     Ready(Ready),
     /// Fetch the rest of an image
@@ -256,7 +261,7 @@ pub(crate) enum WaitArgument {
 }
 
 /// Where starts were ready first, with the hot blob and the image's own bytes: docs/decisions/002-read-ahead.md.
-const RECORD_READ_AHEAD_KB: u32 = 16;
+pub(crate) const RECORD_READ_AHEAD_KB: u32 = 16;
 
 /// `record start NAME`, `record stop NAME -o FILE`, or `record REF -o FILE -- COMMAND`.
 #[derive(Debug, Args)]
@@ -314,21 +319,8 @@ pub(crate) struct RecordRun {
     /// Also write what happened since the image was attached, for `trace plot` to draw
     #[arg(long, value_name = "FILE")]
     pub(crate) events: Option<PathBuf>,
-    /// Ready when this URL (plain HTTP) answers with 200 to 399; the container has the host's network
-    #[arg(long, value_name = "URL", group = "readiness")]
-    pub(crate) ready_http: Option<String>,
-    /// Ready when this shell command, run on this host again and again, ends with 0; the container has the host's network
-    #[arg(long, value_name = "CMD", group = "readiness")]
-    pub(crate) ready_cmd: Option<String>,
-    /// Ready when the command has ended with 0; the default
-    #[arg(long, group = "readiness")]
-    pub(crate) ready_exit: bool,
-    /// Ready after this time
-    #[arg(long, value_name = "TIME", group = "readiness", value_parser = duration)]
-    pub(crate) period: Option<Duration>,
-    /// How long it may take until it is ready
-    #[arg(long, value_name = "TIME", default_value = "600s", value_parser = duration)]
-    pub(crate) timeout: Duration,
+    #[command(flatten)]
+    pub(crate) readiness: ReadinessArguments,
     /// Read-ahead window while it is recorded, and while the trace is followed: 0 gives exactly what the program touches,
     /// more gives fewer and larger reads, and blocks that nobody needs
     #[arg(long, value_name = "KIB", default_value_t = RECORD_READ_AHEAD_KB, value_parser = clap::value_parser!(u32).range(..=131_072))]

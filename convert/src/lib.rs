@@ -17,7 +17,8 @@
 //!
 //! Layers that were converted before are used again, here or in the registry: [`reuse`].
 //!
-//! [`check()`] reads a whole image back, [`export()`] writes it as a file that needs nothing of this project.
+//! [`check()`] reads a whole image back, [`export()`] writes it as a file that needs nothing of this project, [`unpack()`] pulls an
+//! ordinary image as container engines do.
 //!
 //! **Nothing is guessed.** A layer must have the digest that the manifest and the config say, and an archive that can be
 //! read in two ways is an error. **Same input, same bytes:** no clock, no randomness, no map order, no number of threads
@@ -55,6 +56,7 @@ mod stored_image;
 mod tar;
 mod trace_file;
 mod unnamed_file;
+mod unpack;
 
 pub use check::{CheckOptions, CheckedImage, check};
 pub use chunk_size::ChunkSize;
@@ -66,3 +68,4 @@ pub use progress::{NoProgress, Phase, Progress, Task};
 pub use source::{Platforms, Source};
 pub use stored_image::StoredImage;
 pub use trace_file::{load_trace, store_trace};
+pub use unpack::{Unpacked, unpack};

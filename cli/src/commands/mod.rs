@@ -5,6 +5,7 @@ mod bundle;
 mod cache;
 mod cdi;
 mod check;
+mod compare;
 mod convert;
 mod daemon;
 mod docs;
@@ -29,8 +30,9 @@ mod rm;
 mod root;
 mod runtime;
 mod status;
-mod trace;
 mod top;
+mod trace;
+mod trial;
 mod up;
 
 use std::path::Path;
@@ -56,9 +58,10 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Rm(command) => rm::run(global, &command),
         Command::Ls(command) => ls::run(global, &command),
         Command::Status(command) => status::run(global, &command),
+        Command::Top(command) => top::run(global, &command),
         Command::Report(command) => report::run(global, &command),
         Command::Record(command) => record::run(global, &command),
-        Command::Top(command) => top::run(global, &command),
+        Command::Compare(command) => compare::run(global, &command),
         Command::Ready(command) => ready::run(global, &command),
         Command::Fill(command) => fill::run(global, &command),
         Command::Inspect(command) => inspect::run(&command),

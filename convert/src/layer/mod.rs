@@ -22,7 +22,7 @@ use crate::path::show;
 use crate::spool::{ContentId, Spool};
 
 pub(crate) use directory::read_directory;
-pub(crate) use tar::read_tar;
+pub(crate) use tar::{Role, keep_xattrs, read_tar, role};
 
 /// Most entries of one layer: the largest images known have about a million. Bounds memory to a few GiB.
 const ENTRIES_MAX: usize = 4 << 20;

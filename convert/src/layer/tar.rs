@@ -12,7 +12,7 @@ use crate::spool::Spool;
 use crate::tar::{Entry, EntryKind, Piece, TarReader};
 
 /// What an entry does, by its name.
-enum Role<'a> {
+pub(crate) enum Role<'a> {
     /// It is a file, directory or other object.
     Object,
     /// It deletes this name from the layers below.
@@ -97,7 +97,7 @@ fn add_entry(
 
 /// Source: OCI image-spec, layer.md, "Whiteouts"; aufs's other `.wh..wh.` names; eStargz's table of contents and
 /// landmarks (containerd/stargz-snapshotter, docs/estargz.md), which lie at the root.
-fn role<'a>(names: &[&'a [u8]]) -> Result<Role<'a>> {
+pub(crate) fn role<'a>(names: &[&'a [u8]]) -> Result<Role<'a>> {
     let Some((name, parents)) = names.split_last() else { return Ok(Role::Object) };
     if parents.is_empty() && matches!(*name, b"stargz.index.json" | b".prefetch.landmark" | b".no.prefetch.landmark") {
         return Ok(Role::Ignored);
@@ -119,7 +119,7 @@ fn role<'a>(names: &[&'a [u8]]) -> Result<Role<'a>> {
 
 /// Drops attributes that have no place in an image: overlayfs' own, which would act up in a union mount; SELinux
 /// labels, which belong to the host's policy; and namespaces that Linux file systems do not store.
-pub(super) fn keep_xattrs(mut xattrs: BTreeMap<Vec<u8>, Vec<u8>>) -> BTreeMap<Vec<u8>, Vec<u8>> {
+pub(crate) fn keep_xattrs(mut xattrs: BTreeMap<Vec<u8>, Vec<u8>>) -> BTreeMap<Vec<u8>, Vec<u8>> {
     xattrs.retain(|name, _| {
         let foreign = name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.");
         let acl = matches!(name.as_slice(), b"system.posix_acl_access" | b"system.posix_acl_default");

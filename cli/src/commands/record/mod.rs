@@ -1,8 +1,5 @@
 //! `ublkimg record`: the trace of a start, of a device that is there or of one run of an image.
 
-mod bundle;
-mod cleanup;
-mod ready;
 mod run;
 
 use std::path::Path;
@@ -35,14 +32,19 @@ pub(super) fn run(global: &Global, command: &Record) -> anyhow::Result<()> {
     }
 }
 
-fn begin(directories: &Directories, name: &str, command: Vec<String>, read_ahead_kb: u32) -> anyhow::Result<()> {
+pub(super) fn begin(
+    directories: &Directories,
+    name: &str,
+    command: Vec<String>,
+    read_ahead_kb: u32,
+) -> anyhow::Result<()> {
     let request = Request::RecordStart { name: name.to_owned(), command, read_ahead_kb };
     client::ask(directories, &request, client::ANSWER_MARGIN)?;
     Ok(())
 }
 
 /// Ends the recording and writes its trace; says what it holds.
-fn end(directories: &Directories, name: &str, output: &Path) -> anyhow::Result<String> {
+pub(super) fn end(directories: &Directories, name: &str, output: &Path) -> anyhow::Result<String> {
     let request = Request::RecordStop { name: name.to_owned() };
     let answer = client::ask(directories, &request, client::ANSWER_MARGIN)?;
     let answer = answer.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no device {name}")))?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ublkimg_driver::error::{Error, ErrorKind};
 
-use crate::args::RecordRun;
+use crate::args::ReadinessArguments;
 
 /// A host that does not answer is asked again after this time.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -17,7 +17,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What readiness is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Readiness {
+pub(in crate::commands) enum Readiness {
     /// An answer from 200 to 399 to a GET.
     Http {
         /// Host and port.
@@ -34,7 +34,7 @@ pub(super) enum Readiness {
 }
 
 impl Readiness {
-    pub(super) fn of(command: &RecordRun) -> anyhow::Result<Self> {
+    pub(in crate::commands) fn of(command: &ReadinessArguments) -> anyhow::Result<Self> {
         Ok(match (&command.ready_http, &command.ready_cmd, command.period) {
             (Some(url), _, _) => Self::http(url)?,
             (_, Some(shell), _) => Self::Command(shell.clone()),
@@ -56,12 +56,12 @@ impl Readiness {
     }
 
     /// Whether the container needs the host's network, to be asked.
-    pub(super) fn asks_from_outside(&self) -> bool {
+    pub(in crate::commands) fn asks_from_outside(&self) -> bool {
         matches!(self, Self::Http { .. } | Self::Command(_))
     }
 
     /// Whether the program is ready, which has run for `running` and perhaps ended.
-    pub(super) fn is_reached(&self, ended: Option<ExitStatus>, running: Duration) -> anyhow::Result<bool> {
+    pub(in crate::commands) fn is_reached(&self, ended: Option<ExitStatus>, running: Duration) -> anyhow::Result<bool> {
         match (self, ended) {
             (Self::Exit, Some(status)) if status.success() => return Ok(true),
             (_, Some(status)) => {

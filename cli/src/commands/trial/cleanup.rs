@@ -1,4 +1,4 @@
-//! What a recorded run leaves on the host while it lasts, each a value whose end takes it away, also after an error.
+//! What a run leaves on the host while it lasts, each a value whose end takes it away, also after an error.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,16 +16,16 @@ use crate::overlay;
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A directory of our own.
-pub(super) struct Directory(PathBuf);
+pub(in crate::commands) struct Directory(PathBuf);
 
 impl Directory {
-    pub(super) fn create(path: PathBuf) -> anyhow::Result<Self> {
+    pub(in crate::commands) fn create(path: PathBuf) -> anyhow::Result<Self> {
         std::fs::create_dir_all(&path)
             .map_err(|error| Error::io(format!("cannot create {}", path.display()), error))?;
         Ok(Self(path))
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(in crate::commands) fn path(&self) -> &Path {
         &self.0
     }
 }
@@ -38,10 +38,10 @@ impl Drop for Directory {
 }
 
 /// A mount.
-pub(super) struct Mount(PathBuf);
+pub(in crate::commands) struct Mount(PathBuf);
 
 impl Mount {
-    pub(super) fn new(kind: &str, target: &Path, options: &str) -> anyhow::Result<Self> {
+    pub(in crate::commands) fn new(kind: &str, target: &Path, options: &str) -> anyhow::Result<Self> {
         overlay::mount(kind, target, options)?;
         Ok(Self(target.to_owned()))
     }
@@ -57,10 +57,10 @@ impl Drop for Mount {
 }
 
 /// A device of ours, mounted or not.
-pub(super) struct Device<'a> {
-    pub(super) directories: &'a Directories,
-    pub(super) name: String,
-    pub(super) mount: PathBuf,
+pub(in crate::commands) struct Device<'a> {
+    pub(in crate::commands) directories: &'a Directories,
+    pub(in crate::commands) name: String,
+    pub(in crate::commands) mount: PathBuf,
 }
 
 impl Drop for Device<'_> {
@@ -76,7 +76,7 @@ impl Drop for Device<'_> {
 }
 
 /// A container with the `runc` that runs it.
-pub(super) struct Container {
+pub(in crate::commands) struct Container {
     child: Child,
     state: PathBuf,
     id: String,
