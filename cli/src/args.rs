@@ -11,9 +11,9 @@ pub(crate) mod readiness;
 pub(crate) mod registry;
 pub(crate) mod report;
 pub(crate) mod runtime;
+pub(crate) mod top;
 pub(crate) mod trace;
 pub(crate) mod up;
-pub(crate) mod top;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -66,10 +66,6 @@ pub(crate) struct Global {
     /// What to log to stderr: error, warn, info, debug, trace, or a filter such as `ublkimg_driver=debug`
     #[arg(long, global = true, env = "UBLKIMG_LOG", default_value = "warn", value_name = "FILTER")]
     pub(crate) log: String,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum Command {
     /// How to log: text for people, json with one object a line, or journal, which hands fields to systemd's journal
     #[arg(long, global = true, env = "UBLKIMG_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
     pub(crate) log_format: LogFormat,
@@ -90,6 +86,10 @@ impl LogFormat {
     pub(crate) fn name(self) -> String {
         clap::ValueEnum::to_possible_value(&self).map_or_else(String::new, |value| value.get_name().to_owned())
     }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
     /// Make an ublkimg image of a container image or a directory
     Convert(Convert),
     /// Fetch an image into the store of this host, without a device
@@ -106,11 +106,11 @@ impl LogFormat {
     Ls(Ls),
     /// Show one device in detail: reads, what its start took, and how far from the best possible that was
     Status(Status),
+    /// Show what all devices do, second by second
+    Top(top::Top),
     /// Write what a start took as one page
     Report(report::Report),
     /// Record the order in which a program reads the image: the trace that later starts follow
-    /// Show what all devices do, second by second
-    Top(top::Top),
     Record(Record),
     /// Start a command after a full pull, lazily, and with a profile, and say how long each took
     Compare(compare::Compare),
@@ -374,6 +374,9 @@ pub(crate) struct Rm {
     /// Remove it even if it is mounted: the mounts are detached, their readers get errors
     #[arg(long)]
     pub(crate) force: bool,
+    /// Say what would be unmounted and removed, or why it would be refused, and do nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
 }
 
 #[derive(Debug, Args)]

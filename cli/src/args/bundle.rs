@@ -65,6 +65,9 @@ pub(crate) struct Bundle {
     /// Give the command a terminal
     #[arg(short, long)]
     pub(crate) tty: bool,
+    /// Say what would be attached, mounted and written, and do nothing
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) dry_run: bool,
     /// Print what was made as JSON
     #[arg(long)]
     pub(crate) json: bool,

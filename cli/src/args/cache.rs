@@ -45,6 +45,9 @@ pub(crate) struct CacheGc {
     /// Also everything that no device has and nobody has pinned
     #[arg(long)]
     pub(crate) unused: bool,
+    /// Say how much would be freed, and do nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
 }
 
 #[derive(Debug, Args)]

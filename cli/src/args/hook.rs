@@ -19,6 +19,9 @@ pub(crate) struct Hook {
     /// How the devices are served
     #[arg(long, env = "UBLKIMG_TRANSPORT", value_enum, default_value_t = super::TransportArgument::Auto)]
     pub(crate) transport: super::TransportArgument,
+    /// Say what would be done for this container, and do nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     #[command(flatten)]
     pub(crate) registry: super::RegistryOptions,
 }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Serialize;
-use ublkimg_driver::daemon::protocol::{DeviceStatus, StartOptions};
+use ublkimg_driver::daemon::device_name;
+use ublkimg_driver::daemon::protocol::{AddRequest, DeviceStatus, StartOptions};
 
 use super::root::Root;
 use super::{add, hook, image_config, rm};
@@ -42,6 +43,9 @@ pub(super) fn run(global: &Global, command: &Bundle) -> anyhow::Result<()> {
         config: Some(directory.join("config.json")),
         upper: command.upper.as_deref().map(super::absolute).transpose()?,
     };
+    if command.dry_run {
+        return tell(&request, &wanted, command);
+    }
     let was_there = directory.join("config.json").exists();
     let target = add::Target::Root(wanted);
     let (device, _) = add::attach(global, &directories, request, &target, command.attach.timeout)?;
@@ -58,6 +62,21 @@ pub(super) fn run(global: &Global, command: &Bundle) -> anyhow::Result<()> {
         return output::json(&report);
     }
     output::line(&format!("{} {}", device.name, directory.display()))
+}
+
+/// What would be done, one step a line.
+fn tell(request: &AddRequest, wanted: &Root<'_>, command: &Bundle) -> anyhow::Result<()> {
+    let name = request.name.clone().unwrap_or_else(|| device_name(&request.reference));
+    let changes = wanted.upper.as_ref().map_or_else(|| "in memory".to_owned(), |upper| upper.display().to_string());
+    output::line(&format!("attach {} as {name}", request.reference))?;
+    output::line(&format!("mount a writable root at {}, its changes {changes}", wanted.directory.display()))?;
+    if let Some(config) = &wanted.config {
+        output::line(&format!("write {}", config.display()))?;
+    }
+    for (path, reference) in &command.mount_image {
+        output::line(&format!("when the container starts: mount {} at {path}", super::location(reference)?))?;
+    }
+    Ok(())
 }
 
 fn configure(

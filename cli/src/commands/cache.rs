@@ -104,7 +104,22 @@ fn report(checked: &Checked, json: bool) -> anyhow::Result<()> {
     Err(Error::new(ErrorKind::Corrupt, text).into())
 }
 
+/// What is beyond the limits, and what nobody has if that is to go too. What is pinned stays whatever the limits say, so it may
+/// be less.
+fn would_free_bytes(status: &CacheStatus, gc: &CacheGc) -> u64 {
+    let LimitArguments { cache_limit, free_floor } = gc.limits;
+    let given = Limits { cache_bytes_max: cache_limit, free_bytes_min: free_floor };
+    let limits = if given == Limits::default() { status.limits } else { given };
+    let is_unused = |blob: &&BlobLine| blob.devices.is_empty() && !blob.is_pinned;
+    let unused = status.blobs.iter().filter(is_unused).map(|blob| blob.usage.present_bytes).sum();
+    status.room.excess_bytes(&limits).max(if gc.unused { unused } else { 0 })
+}
+
 fn collect(global: &Global, gc: &CacheGc) -> anyhow::Result<()> {
+    if gc.dry_run {
+        let CacheAnswer::Status(status) = ask(global, CacheRequest::Status)? else { return Ok(()) };
+        return output::line(&format!("{} would be freed", output::bytes(would_free_bytes(&status, gc))));
+    }
     let LimitArguments { cache_limit, free_floor } = gc.limits;
     let request = CacheRequest::Collect { cache_bytes_max: cache_limit, free_bytes_min: free_floor, unused: gc.unused };
     match ask(global, request)? {

@@ -16,6 +16,7 @@ use ublkimg_driver::mounts;
 use super::{daemon, mount_helper, status};
 use crate::args::{Global, Rm};
 use crate::lease::Leases;
+use crate::output;
 use crate::overlay::Place;
 
 /// Unmounting flushes nothing on a read-only file system: more time than this means that something hangs.
@@ -29,21 +30,51 @@ const BUSY_POLL: Duration = Duration::from_millis(20);
 
 pub(super) fn run(global: &Global, command: &Rm) -> anyhow::Result<()> {
     let directories = super::directories(global)?;
+    if command.dry_run {
+        return tell(&directories, command);
+    }
     start_daemon_for_records(global, &directories)?;
     let device = status::find(&directories, &command.target)?;
     let leases = Leases::of(&directories, &device.name);
     // No container takes one between the look and the removal.
     let _lock = leases.lock()?;
-    match leases.holder() {
-        Some(id) if !command.force => {
-            let text = format!("{} is leased by the container {id}: end that first, or use --force", device.name);
-            return Err(Error::new(ErrorKind::Busy, text).into());
-        }
-        _ => {}
-    }
+    refuse_if_leased(&leases, &device, command.force)?;
     remove_patiently(&directories, &device, command.force)?;
     leases.forget();
     Ok(())
+}
+
+fn refuse_if_leased(leases: &Leases, device: &DeviceStatus, force: bool) -> anyhow::Result<()> {
+    match leases.holder() {
+        Some(id) if !force => {
+            let text = format!("{} is leased by the container {id}: end that first, or use --force", device.name);
+            Err(Error::new(ErrorKind::Busy, text).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What would be done, one step a line. Whether a mount is in use shows only when it is unmounted.
+fn tell(directories: &Directories, command: &Rm) -> anyhow::Result<()> {
+    let device = status::find(directories, &command.target)?;
+    refuse_if_leased(&Leases::of(directories, &device.name), &device, command.force)?;
+    let root = Place::of(directories, &device.name);
+    if let Some(number) = root.mounted()? {
+        if !command.force {
+            refuse_if_mounted_elsewhere(&device, number)?;
+        }
+        let place = root.made()?.map_or_else(String::new, |made| made.root.display().to_string());
+        output::line(&format!("unmount the root {place}"))?;
+    }
+    if let Ok(number) = mounts::device_number(&device.device) {
+        if !command.force {
+            refuse_if_mounted_elsewhere(&device, number)?;
+        }
+        for mount in mounts::list()?.iter().rev().filter(|mount| mount.device == number) {
+            output::line(&format!("unmount {}", mount.mount_point.display()))?;
+        }
+    }
+    output::line(&format!("remove {} ({})", device.name, device.device.display()))
 }
 
 /// Removes a device; what is in use is looked at again for a while.

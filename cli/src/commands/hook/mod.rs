@@ -32,6 +32,7 @@ use super::{add, mount_helper, rm, status};
 use crate::args::Global;
 use crate::args::hook::Hook;
 use crate::lease::{Leases, Process};
+use crate::output;
 
 /// How long the daemon may take for something small.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -50,6 +51,9 @@ pub(super) fn run(global: &Global, command: &Hook) -> anyhow::Result<()> {
 fn phase(global: &Global, command: &Hook) -> anyhow::Result<()> {
     let state = State::read(std::io::stdin().lock())?;
     let hook = Call { global, command, directories: super::directories(global)?, state };
+    if command.dry_run {
+        return hook.tell();
+    }
     match command.phase.as_str() {
         "prestart" | "createRuntime" => hook.prepare(hook.state.pid),
         "createContainer" => hook.prepare(None),
@@ -68,6 +72,41 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
+    /// What the phase would do, one step a line.
+    fn tell(&self) -> anyhow::Result<()> {
+        let root = self.state.root_device();
+        match self.command.phase.as_str() {
+            "prestart" | "createRuntime" | "createContainer" => {
+                if let Some(name) = root {
+                    output::line(&format!("lease {name} for {}", self.state.id))?;
+                }
+                for (path, reference) in self.state.mounts() {
+                    let name = self.request(reference)?.name.unwrap_or_default();
+                    output::line(&format!(
+                        "attach {reference} as {name}, lease it for {}, mount it at {path}",
+                        self.state.id
+                    ))?;
+                }
+            }
+            "poststart" => {
+                if let Some(name) = root.filter(|_| self.state.is_ready_when_started()) {
+                    output::line(&format!("{name} is ready"))?;
+                }
+            }
+            "poststop" => {
+                let mut names: Vec<String> = root.map(str::to_owned).into_iter().collect();
+                for (_path, reference) in self.state.mounts() {
+                    names.push(self.request(reference)?.name.unwrap_or_default());
+                }
+                for name in names {
+                    output::line(&format!("give back the lease of {} on {name}", self.state.id))?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// `pid` is in the container's mount namespace, unless this process is.
     fn prepare(&self, pid: Option<u32>) -> anyhow::Result<()> {
         let deadline = Instant::now() + self.command.timeout;
