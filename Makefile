@@ -22,7 +22,7 @@ SIMULATION_SEEDS := 2000
 N := 500
 MINUTES := 60
 
-.PHONY: broken deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert bench-convert-wheels debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
+.PHONY: broken package podman deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert bench-convert-wheels debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -136,10 +136,18 @@ test: deps ## everything that must hold; under 25 minutes on two cores
 	@$(MAKE) --no-print-directory $(LANES)
 
 test-full: export UBLKIMG_STACKS := 400
-test-full: ## and what takes long: broken builds, the whole demo image on the stock kernels, ten times as many stacks of layers
+test-full: ## and what takes long: broken builds, the package in a clean root, podman, the whole demo image on the stock kernels, ten times as many stacks of layers
 	@$(MAKE) --no-print-directory debian-images
 	@$(MAKE) --no-print-directory broken
+	@$(MAKE) --no-print-directory package
+	@$(MAKE) --no-print-directory podman
 	@$(MAKE) --no-print-directory test LANES=lanes-full
+
+package: programs ## installs the package in a clean Debian root and uses it there as docs/tutorial.md says; two minutes
+	@tests/package.sh target/debian-images $(BIN)
+
+podman: programs ## runs the recipes for podman; skipped where there is none
+	@tests/podman.sh $(BIN)
 
 simulate: ## how near recorded starts come to their bound: TRACES=DIR [OUT=FILE.json] [WRONG=FILE.json]
 	@test -n '$(TRACES)' || { echo 'usage: make simulate TRACES=DIR [OUT=FILE.json] [WRONG=FILE.json]; bench/README.md says what DIR holds'; exit 2; }

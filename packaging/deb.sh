@@ -18,6 +18,7 @@ tree=$root/tree
 install -D -m 755 "$program" "$tree/usr/bin/ublkimg"
 strip "$tree/usr/bin/ublkimg" 2>/dev/null || true
 ln -s ublkimg "$tree/usr/bin/ublkimg-runc"
+install -D -m 755 -t "$tree/usr/sbin" "$here/mount.ublkimg"
 install -D -m 644 -t "$tree/usr/lib/systemd/system" "$here"/systemd/*.service
 install -D -m 644 -t "$tree/usr/lib/tmpfiles.d" "$here/tmpfiles.d/ublkimg.conf"
 install -D -m 644 -t "$tree/usr/lib/modules-load.d" "$here/modules-load.d/ublkimg.conf"

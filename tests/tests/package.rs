@@ -44,7 +44,9 @@ fn the_package_unpacks_into_an_empty_root_and_works_there() {
         "usr/lib/systemd/system/ublkimg@.service",
         "usr/lib/tmpfiles.d/ublkimg.conf",
         "usr/share/bash-completion/completions/ublkimg",
+        "usr/sbin/mount.ublkimg",
         "usr/share/doc/ublkimg/copyright",
+        "usr/share/doc/ublkimg/grafana.json",
         "usr/share/man/man1/ublkimg-add.1.gz",
     ] {
         assert!(root.join(file).exists(), "{file}");
