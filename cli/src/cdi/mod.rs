@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::apply::apply;
 pub(crate) use self::find::find;
 
-/// The version that the files written here need.
-pub(crate) const VERSION: &str = "0.6.0";
+/// The version that the files written here need, and podman 4 knows: with the annotations of 0.6.0 it would not read them.
+pub(crate) const VERSION: &str = "0.5.0";
 
 /// One file.
 #[derive(Clone, Debug, Deserialize, Serialize)]

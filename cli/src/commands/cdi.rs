@@ -33,7 +33,7 @@ fn generate(global: &Global, command: &CdiGenerate) -> anyhow::Result<()> {
     let specification = Specification {
         cdi_version: VERSION.to_owned(),
         kind: name.kind,
-        annotations: [("dev.ublkimg/reference".to_owned(), device.reference)].into(),
+        annotations: [].into(),
         devices: vec![Device {
             name: name.name,
             annotations: [].into(),
