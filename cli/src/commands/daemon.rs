@@ -1,5 +1,6 @@
 //! `ublkimg daemon`: the guard with its server, or one of them alone; and how other commands start it.
 
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -73,6 +74,8 @@ pub(super) fn stop(directories: &Directories, keep_devices: bool) -> anyhow::Res
 /// The command by which other commands start a daemon.
 pub(super) fn background(executable: &Path, global: &Global, directories: &Directories) -> Command {
     let mut command = Command::new(executable);
+    // Not by the name that this process was called by, which may be the runtime's.
+    command.arg0("ublkimg");
     pass_global(&mut command, global, directories);
     command.args(["daemon", "--background"]);
     command

@@ -2,6 +2,7 @@
 //! server answers, and a process can be killed where a thread cannot.
 
 use std::ffi::OsStr;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -77,6 +78,8 @@ pub(super) fn run_own<S: AsRef<OsStr>>(
     timeout: Duration,
 ) -> anyhow::Result<()> {
     let mut child = Command::new(std::env::current_exe()?)
+        // The program may be a copy that has the runtime's name, which would be a runtime again.
+        .arg0("ublkimg")
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
