@@ -18,6 +18,7 @@ registry=
 finish() {
   "$bin/ublkimg" daemon --stop >/dev/null 2>&1 || true
   [[ -z $registry ]] || kill "$registry" 2>/dev/null || true
+  awk -v below="$work/" 'index($5, below) == 1 { print $5 }' /proc/self/mountinfo | tac | xargs -r umount -l
   rm -rf --one-file-system "$work"
 }
 trap finish EXIT
@@ -28,7 +29,7 @@ mount --bind "$work/cdi" /etc/cdi
 printf 'root = "%s"\nrun-dir = "%s"\n' "$work/store" "$work/run" >/etc/ublkimg/config.toml
 [[ -e /dev/ublk-control ]] || echo 'transport = "fuse"' >>/etc/ublkimg/config.toml
 export UBLKIMG_CONFIG=/etc/ublkimg/config.toml PATH=$bin:$PATH
-cp "$bin/ublkimg" "$work/ublkimg-runc"
+ln -s "$bin/ublkimg" "$work/ublkimg-runc"
 
 cp "$(command -v busybox)" "$work/app/bin/busybox"
 for name in sh cat echo touch; do ln -s busybox "$work/app/bin/$name"; done
@@ -45,7 +46,9 @@ for _ in $(seq 50); do address=$(grep -oE '127\.0\.0\.1:[0-9]+' "$work/registry.
 for image in app weights; do ublkimg convert "$address/$image:1" "$address/$image:ublk" >/dev/null 2>&1; done
 
 podman=(podman --root "$work/podman" --runroot "$work/podman-run" --storage-driver vfs --cgroup-manager cgroupfs --events-backend file)
-run=("${podman[@]}" run --rm --network none)
+# The limits of this host: not everywhere may root raise them.
+options=(--network none --ulimit "nofile=$(ulimit -Sn):$(ulimit -Hn)" --ulimit nproc=4096:4096)
+run=("${podman[@]}" run --rm "${options[@]}")
 # expect TEXT COMMAND... : COMMAND prints TEXT
 expect() {
   local said
@@ -60,11 +63,12 @@ expect written "${run[@]}" --runtime runc --rootfs "$work/root" /bin/sh -c 'echo
 ublkimg rm app
 
 echo "podman.sh: --runtime ublkimg-runc"
-of_image=(--runtime "$work/ublkimg-runc" --annotation "dev.ublkimg.image=$address/app:ublk" --rootfs "$work/empty")
-expect 'hello from app' "${run[@]}" "${of_image[@]}" /bin/cat /etc/motd
+of_image=(--runtime "$work/ublkimg-runc" --annotation "dev.ublkimg.image=$address/app:ublk")
+empty=(--rootfs "$work/empty")
+expect 'hello from app' "${run[@]}" "${of_image[@]}" "${empty[@]}" /bin/cat /etc/motd
 [[ $(ublkimg ls --json) == '[]' ]] || die "a container is gone and its device is not: $(ublkimg ls)"
 [[ -z $(ls -A "$work/empty" | grep -vE '^(dev|etc|proc|run|sys)$') ]] || die "the container wrote into the empty root"
-"${podman[@]}" run -d --name lasting --network none "${of_image[@]}" /bin/sh -c 'while :; do sleep 1; done' >/dev/null
+"${podman[@]}" run -d --name lasting "${options[@]}" "${of_image[@]}" "${empty[@]}" /bin/sh -c 'while :; do sleep 1; done' >/dev/null
 name=$(ublkimg ls --json | sed -nE 's/^ *"name": "(.*)",$/\1/p' | head -n 1)
 ublkimg rm "$name" 2>"$work/said" && die "the root of a container that runs was removed"
 grep -qE 'leased|in use' "$work/said" || die "rm said: $(cat "$work/said")"
@@ -77,13 +81,13 @@ for phase in createRuntime poststop; do
   printf '{"version": "1.0.0", "hook": {"path": "%s", "args": ["ublkimg", "hook", "%s"]}, "when": {"annotations": {"^dev\\\\.ublkimg\\\\.": "."}}, "stages": ["%s"]}\n' \
     "$bin/ublkimg" "$phase" "$phase" >"$work/hooks.d/ublkimg-$phase.json"
 done
-expect 'one weight' "${run[@]}" "${of_image[@]}" --hooks-dir "$work/hooks.d" \
-  --annotation "dev.ublkimg.mount./models=$address/weights:ublk" /bin/cat /models/w.bin
+expect 'one weight' "${podman[@]}" --hooks-dir "$work/hooks.d" run --rm "${options[@]}" "${of_image[@]}" \
+  --annotation "dev.ublkimg.mount./models=$address/weights:ublk" "${empty[@]}" /bin/cat /models/w.bin
 [[ $(ublkimg ls --json) == '[]' ]] || die "the image of a hook is still attached: $(ublkimg ls)"
 
 echo "podman.sh: an image inside the container, as a CDI device"
 ublkimg add "$address/weights:ublk" --name weights --mount "$work/mounted" >/dev/null
 ublkimg cdi generate weights --path /models -o /etc/cdi/weights.json
-expect 'one weight' "${run[@]}" "${of_image[@]}" --device ublkimg.dev/tree=weights /bin/cat /models/w.bin
+expect 'one weight' "${run[@]}" "${of_image[@]}" --device ublkimg.dev/tree=weights "${empty[@]}" /bin/cat /models/w.bin
 ublkimg rm weights
 echo "podman.sh: all recipes ran"
