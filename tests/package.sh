@@ -12,7 +12,7 @@ package=${3:-}
 for c in debootstrap unshare pivot_root dpkg-deb busybox; do command -v "$c" >/dev/null || skip "no $c here: run 'make deps'"; done
 [[ -e /dev/fuse && -e /dev/loop-control ]] || skip "this kernel has no FUSE or loop devices"
 # All mounts below are in a mount namespace of this script's own: they end with it, however it ends.
-[[ -n ${PACKAGE_INSIDE:-} ]] || exec env PACKAGE_INSIDE=1 unshare --mount --propagation private "$0" "$dir" "$bin" "$@"
+[[ -n ${PACKAGE_INSIDE:-} ]] || exec env PACKAGE_INSIDE=1 unshare --mount --propagation private "$0" "$dir" "$bin" ${package:+"$package"}
 
 . "$here/demo/debian.sh"
 step "systemd and runc in it"
@@ -25,6 +25,7 @@ cp "$package" "$root/ublkimg.deb"
 
 step "the package: $(basename "$package")"
 # As on a system that is being built: no systemd runs, so maintainer scripts have nobody to tell.
+mount -t proc proc "$root/proc"
 quietly "${inside[@]}" dpkg -i /ublkimg.deb
 quietly "${inside[@]}" systemd-tmpfiles --create ublkimg.conf
 [[ $(stat -c %a "$root/var/lib/ublkimg") == 700 ]] || die "systemd-tmpfiles made no /var/lib/ublkimg of 0700"
@@ -77,6 +78,7 @@ while read -r line; do
 done </tutorial
 RUN
 cp "$work/run" "$root/run-tutorial"
+umount "$root/proc"
 for place in dev proc sys; do mount --rbind "/$place" "$root/$place"; done
 rm -rf "$root/run/systemd" "$root/usr/local/bin/systemctl"
 mkdir -p "$root/old"

@@ -118,6 +118,9 @@ fn a_disk_that_is_full_is_said_to_be() {
     let small = host.root.tmpfs("small", 2 << 20).unwrap();
     let reference = host.registry.reference("sample", "v1");
     let small = small.to_str().unwrap();
-    host.ublkimg(&["--root", small, "pull", &reference]).refused(10, &["the disk of the store is full"]);
+    let full = host.ublkimg(&["--root", small, "pull", &reference]);
+    assert_eq!(full.code, Some(10), "{}", full.stderr);
+    assert!(full.stderr.lines().last().unwrap().contains("the disk of the store is full"), "{}", full.stderr);
+    rustix::mount::unmount(small, rustix::mount::UnmountFlags::DETACH).unwrap();
     host.end();
 }
