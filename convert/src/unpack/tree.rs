@@ -67,8 +67,8 @@ impl UnpackedTree {
         self.last = None;
         let mut reader = TarReader::new(input);
         while let Some(entry) = reader.next_entry()? {
-            let path = entry.path.clone();
-            self.add(entry, &mut reader).map_err(|error| error.within(format_args!("entry {}", show(&path))))?;
+            let added = self.add(&entry, &mut reader);
+            added.map_err(|error| error.within(format_args!("entry {}", show(&entry.path))))?;
         }
         reader.drain()
     }
@@ -89,7 +89,7 @@ impl UnpackedTree {
         Error::io(format!("unpacking into {}", self.path.display()), io::Error::from(error))
     }
 
-    fn add(&mut self, entry: Entry, reader: &mut TarReader<impl Read>) -> Result<()> {
+    fn add(&mut self, entry: &Entry, reader: &mut TarReader<impl Read>) -> Result<()> {
         let names = components(&entry.path)?;
         match role(&names)? {
             Role::Ignored => Ok(()),
@@ -104,11 +104,11 @@ impl UnpackedTree {
             Role::Object => match names.split_last() {
                 Some((name, parents)) => {
                     let parent = self.parent(parents)?;
-                    self.make(&parent, name, &entry, reader)
+                    self.make(&parent, name, entry, reader)
                 }
                 None => {
                     let root = self.root.try_clone().map_err(|error| Error::io("unpacking", error))?;
-                    self.describe_directory(&root, &entry)
+                    self.describe_directory(&root, entry)
                 }
             },
         }
