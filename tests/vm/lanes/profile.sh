@@ -43,7 +43,8 @@ cmp -s "$WORK/read" "$WORK/expected" || fail "what was read is wrong"
 sent=$(stat_of bytes_sent)
 ublkimg ready one || fail "ready ended with $?"
 ublkimg status one --json --events "$WORK/events" >"$WORK/status" || fail "status ended with $?"
-sed -n '/"first_reads"/,/}/p' "$WORK/status" | tail -n 7 >"$WORK/first"
+# The last of them: those of the start.
+awk '/"first_reads"/ { lines = "" } { lines = lines $0 "\n" } END { printf "%s", lines }' "$WORK/status" | sed '/}/q' >"$WORK/first"
 hits=$(sed -n 's/^ *"hits": \([0-9]*\).*/\1/p' "$WORK/first") late=$(sed -n 's/^ *"late_hits": \([0-9]*\).*/\1/p' "$WORK/first")
 misses=$(sed -n 's/^ *"misses": \([0-9]*\).*/\1/p' "$WORK/first")
 say "hot blob $hot bytes, attach $attach bytes, sent $sent bytes; $hits hits, $late late hits, $misses misses"
