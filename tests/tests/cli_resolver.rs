@@ -51,7 +51,7 @@ fn a_registry_whose_name_does_not_resolve() {
     assert_eq!(host.registry.stats().connections, 0);
 
     resolves(true).unwrap();
-    add(&["--fill", "off", "--io-timeout", "2s"]).success();
+    add(&["--fill", "off", "--io-timeout", "5s"]).success();
     // Connections that are open need no name.
     let lose = || {
         resolves(false).unwrap();
@@ -76,7 +76,7 @@ fn a_registry_whose_name_does_not_resolve() {
     fault.ends("data");
 
     lose();
-    let fault = FaultRow::begins("DNS failure beyond `--io-timeout` (2 s)");
+    let fault = FaultRow::begins("DNS failure beyond `--io-timeout` (5 s)");
     let error = std::fs::read(mount.join("data/noise")).unwrap_err();
     fault.ends("EIO; the next read tries afresh");
     assert_eq!(error.raw_os_error(), Some(5), "{error}");
