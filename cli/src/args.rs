@@ -172,7 +172,7 @@ pub(crate) struct Convert {
     /// Directory for unlinked temporary files, at most the raw size of the layers at work
     #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/var/tmp")]
     pub(crate) tmpdir: PathBuf,
-    /// zstd level of the chunks
+    /// zstd level of the chunks; those of small files get one more
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
     pub(crate) level: i32,
     /// Most bytes of a chunk, which is what a read that misses fetches: 64K, 128K or 256K. Smaller ones compress worse

@@ -74,7 +74,8 @@ fn try_layers(archives: &[&[u8]]) -> Result<()> {
         let how = Compress { level: 1, threads: NonZeroUsize::MIN };
         let mut spool = Spool::new(&dir, ChunkSize::default(), how)?;
         let layer = read_tar(repaired(archive).as_slice(), &mut spool)?;
-        assert!(spool.len_bytes() <= archive.len() as u64);
+        // A sparse file names a piece that is nearly all zeros in a few bytes: it costs its frame, not its length.
+        assert!(spool.end_bytes <= 16 * archive.len() as u64);
         let tree = layer.tree.clone();
         let blob = write_layer_blob(layer, &spool, &dir, how, &|_| Ok(()))?;
         let (read, _) = read_tree(&blob.metadata).expect("a layer that was written");

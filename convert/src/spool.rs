@@ -101,7 +101,7 @@ pub(crate) struct Spool {
     file: File,
     dir: PathBuf,
     /// Length of the file.
-    end_bytes: u64,
+    pub(crate) end_bytes: u64,
     len_bytes: u64,
     contents: Vec<Content>,
     /// The small ones.
