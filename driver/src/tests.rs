@@ -1,10 +1,11 @@
 //! Attach, plan, demand and fetch together, with an OCI layout directory as the registry.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -379,6 +380,37 @@ fn a_restart_needs_no_registry_for_what_is_stored() {
     let start = Instant::now();
     assert_eq!(read(&loaded.image, 250, 1), Err(libc::EIO), "what is missing waits for the deadline");
     assert!(start.elapsed() >= Duration::from_millis(100) && start.elapsed() < Duration::from_secs(3));
+}
+
+/// Makes what the store keeps whole look as old as what may go when room is needed.
+fn age(rig: &Rig) {
+    for directory in ["objects", "metadata"] {
+        for entry in fs::read_dir(rig.root.path().join(directory)).unwrap() {
+            let file = fs::File::options().write(true).open(entry.unwrap().path()).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(7200)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_is_attached_can_be_taken_back_also_if_room_was_made_before_there_was_a_record() {
+    let mut rig = Rig::new();
+    let image = two_layers();
+    let location = rig.push(&image, "v1");
+    let digest = rig.attach(&location).unwrap().manifest_digest;
+    age(&rig);
+    for was_known in [false, true] {
+        let loaded = if was_known { rig.reopen(&location, digest) } else { rig.attach(&location) }.unwrap();
+        // By somebody who has looked for records before there was one of this image.
+        rig.store.make_room(u64::MAX, &BTreeSet::new(), &BTreeSet::new()).unwrap();
+        drop(loaded);
+        rig = rig.restart();
+        let loaded = rig.reopen(&location, digest).unwrap();
+        assert!(read(&loaded.image, 0, 100).unwrap() == blocks(&image, 0, 100));
+        age(&rig);
+    }
+    rig.store.make_room(u64::MAX, &BTreeSet::new(), &BTreeSet::new()).unwrap();
+    assert_eq!(rig.reopen(&location, digest).unwrap_err().kind(), ErrorKind::NotFound, "nobody holds them any more");
 }
 
 #[test]

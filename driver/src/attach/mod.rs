@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::watch;
 use ublkimg_image::{ChunkIndex, Sha256};
@@ -30,7 +31,7 @@ use crate::fetch::Source;
 use crate::image::{ServedBlob, ServedImage, local};
 use crate::memory::Share;
 use crate::start_events::{FetchClass, Get, Mark};
-use crate::store::Store;
+use crate::store::{HeldObject, Store};
 
 mod known;
 mod plan;
@@ -141,6 +142,7 @@ pub(crate) struct KnownImage {
     manifest_digest: Digest,
     manifest: ErofsManifest,
     checked: CheckedImage,
+    held: Vec<HeldObject>,
 }
 
 impl KnownImage {
@@ -152,7 +154,9 @@ impl KnownImage {
         options: &AttachOptions,
     ) -> Result<Self> {
         let repository = open(location, options).await?;
-        let object = async |digest: Digest| {
+        let mut held = Vec::new();
+        let mut object = async |digest: Digest| {
+            held.push(store.hold(Sha256(digest.0)));
             let not_here = || Error::new(ErrorKind::NotFound, format!("{digest} is not in the store"));
             stored(store, digest).await?.ok_or_else(not_here)
         };
@@ -160,7 +164,7 @@ impl KnownImage {
         let share = store.memory().stored.take(manifest.metadata.size_bytes).await?;
         let blob = object(manifest.metadata.digest).await?;
         let checked = check(store, &manifest, blob, share).await?;
-        Ok(Self { location: location.clone(), repository, manifest_digest, manifest, checked })
+        Ok(Self { location: location.clone(), repository, manifest_digest, manifest, checked, held })
     }
 
     /// The digest of its manifest.
@@ -176,7 +180,8 @@ impl KnownImage {
         profile: Option<&KeptProfile>,
         options: &AttachOptions,
     ) -> Result<LoadedImage> {
-        let attaching = Attaching::new(store, engine, &self.location, self.repository, options).await?;
+        let mut attaching = Attaching::new(store, engine, &self.location, self.repository, options).await?;
+        attaching.held.get_mut().extend(self.held);
         let profile = match profile {
             Some(kept) => attaching.kept_profile(self.manifest_digest, kept).await,
             None => None,
@@ -231,6 +236,8 @@ struct Attaching<'a> {
     counters: Arc<ImageCounters>,
     attachment: Attachment,
     attached: watch::Receiver<()>,
+    /// What was looked for in the store, or kept there.
+    held: Mutex<Vec<HeldObject>>,
     /// The metadata has it first.
     turn: Turn,
 }
@@ -253,6 +260,7 @@ impl<'a> Attaching<'a> {
             counters: Arc::default(),
             attachment,
             attached: receiver,
+            held: Mutex::default(),
             turn: Turn::new(),
         })
     }
@@ -396,6 +404,7 @@ impl<'a> Attaching<'a> {
         let served = |layer: PlannedLayer| ServedBlob::new(layer.key, layer.file, layer.index, layer.was_local);
         let blobs = layers.into_iter().map(served).collect();
         self.counters.events.fetching_begins();
+        self.attachment.hold(std::mem::take(self.held.get_mut()));
         let metadata = Arc::new(prepared.metadata);
         let (counters, attachment) = (Arc::clone(&self.counters), Some(self.attachment));
         let image = ServedImage::new(metadata, prepared.metadata_blocks, blobs, hot, counters, attachment)?;
@@ -414,11 +423,14 @@ impl<'a> Attaching<'a> {
         })
     }
 
+    /// An object of the store, which is held from now on.
     async fn stored(&self, digest: Digest) -> Result<Option<Bytes>> {
+        self.held.lock().push(self.store.hold(Sha256(digest.0)));
         stored(self.store, digest).await
     }
 
     async fn keep(&self, digest: Digest, bytes: Bytes) -> Result<()> {
+        self.held.lock().push(self.store.hold(Sha256(digest.0)));
         let store = Arc::clone(self.store);
         blocking(move || store.put_object(Sha256(digest.0), &bytes)).await
     }

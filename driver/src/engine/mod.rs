@@ -31,7 +31,7 @@ use crate::first_reads::Waited;
 use crate::hot::Withdrawn;
 use crate::image::Waiter;
 use crate::memory::Share;
-use crate::store::{BlobFile, Store};
+use crate::store::{BlobFile, HeldObject, Store};
 
 mod links;
 mod shared_chunks;
@@ -172,7 +172,7 @@ impl EngineHandle {
         let image = ImageKey(self.next_image.fetch_add(1, Ordering::Relaxed));
         let trusts_plan = Arc::new(AtomicBool::new(true));
         let new = NewImage { link, attached, trusts_plan: Arc::clone(&trusts_plan) };
-        let attachment = Attachment { engine: self.clone(), image, trusts_plan, kept: Vec::new() };
+        let attachment = Attachment { engine: self.clone(), image, trusts_plan, kept: Vec::new(), held: Vec::new() };
         let (reply, answer) = oneshot::channel();
         self.controls.send(Control::AddImage { image, new, reply }).map_err(|_| stopped())?;
         answer.await.map_err(|_| stopped())?.map(|()| attachment)
@@ -226,12 +226,19 @@ pub(crate) struct Attachment {
     trusts_plan: Arc<AtomicBool>,
     /// Memory of the image that is given back with it.
     kept: Vec<Share>,
+    /// What of the store the image needs to be attached again.
+    held: Vec<HeldObject>,
 }
 
 impl Attachment {
     /// Memory that the image takes for as long as it is attached.
     pub(crate) fn keep(&mut self, share: Share) {
         self.kept.push(share);
+    }
+
+    /// Objects that stay in the store for as long as the image is attached.
+    pub(crate) fn hold(&mut self, objects: Vec<HeldObject>) {
+        self.held.extend(objects);
     }
 
     /// Whether the plan of the image is still believed. When it is not, a block is better had with its chunk than with its

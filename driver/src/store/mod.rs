@@ -11,6 +11,7 @@ mod blob_file;
 mod chunk_places;
 mod disk;
 mod evictions;
+mod held;
 #[cfg(test)]
 pub(crate) mod journal;
 mod layout;
@@ -49,6 +50,8 @@ use self::blob_file::Shared;
 pub(crate) use self::chunk_places::{ChunkPlace, ChunkPlaces};
 use self::evictions::Evictions;
 pub(crate) use self::evictions::Reader;
+pub(crate) use self::held::HeldObject;
+use self::held::HeldObjects;
 
 use self::layout::Layout;
 pub use self::objects::OBJECT_BYTES_MAX;
@@ -74,6 +77,7 @@ pub struct Store {
     boot_id: BootId,
     shared: Shared,
     blobs: Arc<OpenBlobs>,
+    held: HeldObjects,
     memory: Memory,
     /// Disconnected to stop the sync thread.
     stop_sync: Option<Sender<()>>,
@@ -142,6 +146,7 @@ impl Store {
                 clock_s,
             },
             blobs,
+            held: HeldObjects::default(),
             memory: Memory::default(),
             stop_sync: Some(stop_sync),
             sync_thread: Some(sync_thread),

@@ -10,14 +10,19 @@ use std::path::Path;
 use ublkimg_image::Sha256;
 use ublkimg_registry::erofs_manifest::METADATA_BYTES_MAX;
 
-use super::Store;
 use super::layout::replace_file;
+use super::{HeldObject, Store};
 use crate::error::{Error, Result};
 
 /// The longest object: a metadata blob, which is read whole into memory.
 pub const OBJECT_BYTES_MAX: u64 = METADATA_BYTES_MAX;
 
 impl Store {
+    /// Holds an object: an image that is attached does, before it looks for it.
+    pub(crate) fn hold(&self, digest: Sha256) -> HeldObject {
+        self.held.hold(digest)
+    }
+
     /// Keeps an object, durably. The caller has checked that `bytes` have this digest.
     ///
     /// # Errors

@@ -2,7 +2,8 @@
 //!
 //! Raw blocks go first, in extents of 1 MiB, those that were not read for the longest time before others, whatever image
 //! they belong to; a blob file of which nothing is left is removed. When that is not enough, objects go that no image in
-//! use needs. What an image in use needs to be served at all (its manifest, its metadata) and what is pinned stays.
+//! use needs. What an image in use needs to be served at all (its manifest, its metadata) and what is pinned stays; so does
+//! what an attach is about to use ([`super::held`]).
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,7 +25,7 @@ use crate::error::{Error, Result};
 /// A blob file and the blocks of it that are to go.
 type Eviction = (Arc<BlobFile>, Vec<Range<u32>>);
 
-/// What nobody needs may be what somebody is about to need: an attach takes a minute.
+/// What nobody needs may be what somebody is about to need: an image that was pulled is soon attached.
 const OBJECT_AGE_MIN: Duration = Duration::from_secs(600);
 
 /// Blocks that are checked at a time.
@@ -219,19 +220,24 @@ impl Store {
         for directory in [self.layout.objects(), self.layout.metadata_directory()] {
             for (path, metadata) in files(&directory)? {
                 let age = metadata.modified().ok().and_then(|modified| modified.elapsed().ok()).unwrap_or_default();
-                if digest_of(&path).is_some_and(|digest| !kept.contains(&digest)) && age >= OBJECT_AGE_MIN {
-                    old.push((age, path, metadata.blocks() * 512));
+                if let Some(digest) = digest_of(&path)
+                    && !kept.contains(&digest)
+                    && age >= OBJECT_AGE_MIN
+                {
+                    old.push((age, digest, path, metadata.blocks() * 512));
                 }
             }
         }
         old.sort_by_key(|(age, ..)| Reverse(*age));
         let mut freed_bytes = 0;
-        for (_, path, bytes) in old {
+        for (_, digest, path, bytes) in old {
             if freed_bytes >= excess_bytes {
                 break;
             }
-            disk::remove(&path).map_err(|error| Error::path("remove", &path, error))?;
-            freed_bytes += bytes;
+            if let Some(removed) = self.held.unless_held(digest, || disk::remove(&path)) {
+                removed.map_err(|error| Error::path("remove", &path, error))?;
+                freed_bytes += bytes;
+            }
         }
         Ok(freed_bytes)
     }

@@ -103,6 +103,15 @@ fn objects_go_when_nobody_needs_them_and_they_are_old() {
     store.make_room(u64::MAX, &none(), &[needed].into()).unwrap();
     let there = [young, old, needed].map(|digest| store.object(digest).unwrap().is_some());
     assert_eq!(there, [true, false, true]);
+
+    let held = [store.hold(needed), store.hold(needed)];
+    for hold in held {
+        store.make_room(u64::MAX, &none(), &none()).unwrap();
+        assert!(store.object(needed).unwrap().is_some(), "nobody knows of it yet but who holds it");
+        drop(hold);
+    }
+    store.make_room(u64::MAX, &none(), &none()).unwrap();
+    assert!(store.object(needed).unwrap().is_none());
 }
 
 #[test]

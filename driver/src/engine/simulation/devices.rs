@@ -119,7 +119,8 @@ impl Life {
         let mut engine = self.engine.borrow_mut();
         let (reply, _answer) = oneshot::channel();
         engine.control(Control::AddImage { image: key, new, reply });
-        let attachment = Attachment { engine: self.handle.clone(), image: key, trusts_plan, kept: Vec::new() };
+        let attachment =
+            Attachment { engine: self.handle.clone(), image: key, trusts_plan, kept: Vec::new(), held: Vec::new() };
         let image = &self.host.images[which];
         let blobs = self.host.layers[which].map(|layer| &self.host.blobs[layer].1);
         let files = blobs.map(|index| self.store.blob(index.digest(), index.raw_len_blocks()).unwrap());
