@@ -11,7 +11,7 @@ REG=
 say() { echo "$(basename "$0"): $*"; }
 fail() {
   say "FAILED: $*"
-  for log in "$WORK"/run/*.log; do [ ! -e "$log" ] || { echo "--- $log"; tail -n 40 "$log"; }; done
+  for log in "$WORK"/run/*.log; do [ ! -e "$log" ] || { echo "--- $log"; tail -n 200 "$log"; }; done
   exit 1
 }
 

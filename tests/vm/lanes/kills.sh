@@ -7,6 +7,8 @@
 kills=${4:-20}
 load one two
 for kill in $(seq "$kills"); do
+  # While the logs still end with it.
+  [ ! -e "$WORK/faults" ] || break
   began=$(date +%s%N)
   pause 1000
   if [ $((kill % 10)) = 0 ]; then victims=$(daemons); else victims=$(server); fi

@@ -8,6 +8,9 @@ below() { echo $(($(od -An -N4 -tu4 /dev/urandom) % $1)); }
 pause() { sleep "$(below "$1" | awk '{ printf "%.3f", $1 / 1000 }')"; }
 server() { daemons --server; }
 
+# fault WHAT : what a reader saw, and when, in the words of the logs
+fault() { echo "$(date -u +%FT%TZ) $*" >>"$WORK/faults"; }
+
 # steady TAG : attaches TAG, checks its whole tree, and reads its device until the end
 steady() {
   attach "$1"
@@ -23,8 +26,8 @@ comings() {
   while [ ! -e "$WORK/over" ]; do
     add_began=$(now_ms)
     if ublkimg add "$REG/sample:$1" --name "$1" --mount "$WORK/$1" --transport ublk >/dev/null 2>"$WORK/add.error"; then
-      "$BIN/list-tree" "$WORK/$1" >"$WORK/$1.listed" 2>"$WORK/$1.errors" || { echo "a reader of $1 failed: $(cat "$WORK/$1.errors")" >>"$WORK/faults"; }
-      cmp -s "$WORK/$1.listed" "$IMAGES/$1.list" || echo "the tree of $1 differs" >>"$WORK/faults"
+      "$BIN/list-tree" "$WORK/$1" >"$WORK/$1.listed" 2>"$WORK/$1.errors" || fault "a reader of $1 failed: $(cat "$WORK/$1.errors")"
+      cmp -s "$WORK/$1.listed" "$IMAGES/$1.list" || fault "the tree of $1 differs"
       rounds=$((rounds + 1))
     else
       # how long the last one took to fail
