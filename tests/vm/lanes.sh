@@ -107,25 +107,6 @@ if [[ $where == uml ]] && ! kernel=$("$here/run-uml.sh" --find-kernel 2>&1); the
   test_lanes=() full_lanes=()
 fi
 
-for name in "${test_lanes[@]}"; do
-  test=${name#uml-test-}
-  is_wanted "$name" || continue
-  if [[ -x $bin/guest-tests/$test ]]; then
-    lane "$name" run_full rust-test.sh 180 "$images" "$test"
-  else
-    report SKIP "$name:" "not built: guest-tests.sh does"
-  fi
-done
-
-have_images=''
-if prepare images "${full_lanes[@]}" qemu-6.12 qemu-7.2; then have_images=1; else full_lanes=(); fi
-for name in "${full_lanes[@]}"; do
-  ! is_wanted "$name" || lane "$name" run_full "${name#"$where-"}.sh" 180 "$images" one
-done
-if ((${#full_lanes[@]})) && is_wanted "$where-demo-image" && prepare demo_image "$where-demo-image"; then
-  lane "$where-demo-image" run_full tree.sh 300 "$demo_images" demo
-fi
-
 # --- stock kernels: busybox and our static programs in an emulated machine
 run_stock() { # KERNEL SECONDS MEMORY IMAGES LANE...
   local adds=() program
@@ -143,14 +124,57 @@ prepare_kernels() {
   command -v qemu-system-x86_64 >/dev/null || { echo "missing package qemu-system-x86"; return 1; }
   "$here/fetch-kernels.sh" "$kernels"
 }
-if [[ -n $have_images ]] && prepare kernels qemu-6.12 qemu-7.2; then
+stock_lanes() {
+  local version
+  prepare kernels qemu-6.12 qemu-7.2 || return 0
   for version in 6.12 7.2; do
     # What takes time is left out: where a processor is emulated, it tells nothing.
     ! is_wanted "qemu-$version" || lane "qemu-$version" run_stock "$version" 420 1G "$images" 'tree one' shared restart corrupt rights
-    if [[ -n $full ]] && is_wanted "qemu-$version-demo-image" && prepare demo_image "qemu-$version-demo-image"; then
+    if [[ -n $full && -n $have_demo_image ]] && is_wanted "qemu-$version-demo-image"; then
       lane "qemu-$version-demo-image" run_stock "$version" 1200 3G "$demo_images" 'tree demo'
     fi
   done
+}
+
+have_images=''
+if prepare images "${full_lanes[@]}" qemu-6.12 qemu-7.2; then have_images=1; else full_lanes=(); fi
+demo_lanes=()
+((${#full_lanes[@]} == 0)) || demo_lanes+=("$where-demo-image")
+[[ -z $full ]] || demo_lanes+=(qemu-6.12-demo-image qemu-7.2-demo-image)
+have_demo_image=''
+for name in "${demo_lanes[@]}"; do ! is_wanted "$name" || have_demo_image=wanted; done
+[[ -z $have_demo_image ]] || prepare demo_image "${demo_lanes[@]}" || have_demo_image=
+
+# An emulated machine keeps one processor busy for minutes, and so does a User-Mode-Linux guest: beside each other. Its lines come last.
+stock_log=$logs/stock stock_pid=
+if [[ -n $have_images ]]; then
+  stock_lanes >"$stock_log" &
+  stock_pid=$!
+fi
+
+for name in "${test_lanes[@]}"; do
+  test=${name#uml-test-}
+  is_wanted "$name" || continue
+  if [[ -x $bin/guest-tests/$test ]]; then
+    lane "$name" run_full rust-test.sh 180 "$images" "$test"
+  else
+    report SKIP "$name:" "not built: guest-tests.sh does"
+  fi
+done
+
+for name in "${full_lanes[@]}"; do
+  ! is_wanted "$name" || lane "$name" run_full "${name#"$where-"}.sh" 180 "$images" one
+done
+if ((${#full_lanes[@]})) && [[ -n $have_demo_image ]] && is_wanted "$where-demo-image"; then
+  lane "$where-demo-image" run_full tree.sh 300 "$demo_images" demo
+fi
+
+if [[ -n $stock_pid ]]; then
+  wait "$stock_pid" || { echo 'FAIL the stock lanes ended early'; failed=$((failed + 1)); }
+  cat "$stock_log"
+  count() { grep -c "^$1 " "$stock_log" || true; }
+  passed=$((passed + $(count ok))) failed=$((failed + $(count FAIL))) skipped=$((skipped + $(count SKIP)))
+  (($(count ok) == 0)) || ublk_ran=1
 fi
 
 if [[ ${UBLKIMG_REQUIRE_UBLK:-} == 1 && $ublk_ran == 0 ]]; then
