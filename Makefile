@@ -12,6 +12,9 @@ export RUSTFLAGS := -Ctarget-feature=+crt-static
 export RUSTDOCFLAGS := -D warnings -A rustdoc::private-intra-doc-links -Ctarget-feature=+crt-static
 export CARGO_TERM_PROGRESS_WHEN := never
 LANES := lanes
+RELEASE := $(dir $(BIN))release/ublkimg
+# Its name, once it is built.
+PACKAGE = $$(packaging/deb.sh $(RELEASE) target/package)
 
 WHEELS := numpy scipy
 
@@ -65,7 +68,7 @@ pictures: programs ## the pictures of the README, from two starts of the scipy i
 
 deb: deps ## a Debian package of the program, in target/package
 	cargo build --locked --release --target $(TRIPLE) -p ublkimg
-	@packaging/deb.sh $(dir $(BIN))release/ublkimg target/package
+	@packaging/deb.sh $(RELEASE) target/package
 
 docs: programs ## man pages and shell completions, in target/docs
 	$(BIN)/ublkimg docs target/docs
@@ -143,8 +146,8 @@ test-full: ## and what takes long: broken builds, the package in a clean root, p
 	@$(MAKE) --no-print-directory podman
 	@$(MAKE) --no-print-directory test LANES=lanes-full
 
-package: programs ## installs the package in a clean Debian root and uses it there as docs/tutorial.md says; two minutes
-	@tests/package.sh target/debian-images $(BIN)
+package: deb programs ## installs the package in a clean Debian root, uses it there as docs/tutorial.md says, and purges it; two minutes
+	@tests/package.sh target/debian-images $(PACKAGE) $(BIN)
 
 podman: programs ## runs the recipes for podman; skipped where there is none
 	@tests/podman.sh $(BIN)

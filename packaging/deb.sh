@@ -39,7 +39,7 @@ install -d "$tree/DEBIAN"
 sed -e "s/@VERSION@/$version/" -e "s/@ARCHITECTURE@/$architecture/" -e "s/@KIB@/$(du -sk "$tree" | cut -f1)/" \
   "$here/debian/control" >"$tree/DEBIAN/control"
 echo /etc/ublkimg/config.toml >"$tree/DEBIAN/conffiles"
-install -m 755 "$here/debian/postinst" "$here/debian/prerm" "$tree/DEBIAN/"
+install -m 755 "$here/debian/postinst" "$here/debian/prerm" "$here/debian/postrm" "$tree/DEBIAN/"
 
 mkdir -p "$output"
 package=$output/ublkimg_${version}_$architecture.deb

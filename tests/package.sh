@@ -1,18 +1,18 @@
 #!/bin/bash
 # Installs the Debian package in a clean Debian root and uses it there as docs/tutorial.md says, line by line; looks at its units,
 # directories and maintainer scripts. Two minutes; needs root, debootstrap and an archive. Part of `make test-full`.
-#   package.sh DIR BIN-DIR [PACKAGE]     DIR keeps what is downloaded; without PACKAGE one is built of BIN-DIR/ublkimg
+#   package.sh DIR PACKAGE BIN-DIR     DIR keeps what is downloaded; BIN-DIR has the test registry
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 die() { echo "package.sh: $*" >&2; exit 1; }
 skip() { echo "SKIP package: $*"; exit 0; }
-dir=$(realpath -m -- "${1:?usage: package.sh DIR BIN-DIR [PACKAGE]}") bin=$(realpath -- "${2:?usage: package.sh DIR BIN-DIR [PACKAGE]}")
-package=${3:-}
+(($# == 3)) || die "usage: package.sh DIR PACKAGE BIN-DIR"
+dir=$(realpath -m -- "$1") package=$(realpath -- "$2") bin=$(realpath -- "$3")
 ((EUID == 0)) || skip "needs root"
 for c in debootstrap unshare pivot_root dpkg-deb busybox; do command -v "$c" >/dev/null || skip "no $c here: run 'make deps'"; done
 [[ -e /dev/fuse && -e /dev/loop-control ]] || skip "this kernel has no FUSE or loop devices"
 # All mounts below are in a mount namespace of this script's own: they end with it, however it ends.
-[[ -n ${PACKAGE_INSIDE:-} ]] || exec env PACKAGE_INSIDE=1 unshare --mount --propagation private "$0" "$dir" "$bin" ${package:+"$package"}
+[[ -n ${PACKAGE_INSIDE:-} ]] || exec env PACKAGE_INSIDE=1 unshare --mount --propagation private "$0" "$@"
 
 . "$here/demo/debian.sh"
 step "systemd and runc in it"
@@ -20,7 +20,6 @@ mount --bind "$base" "$root"
 enter_root
 quietly "${inside[@]}" "${apt[@]}" install -y --no-install-recommends systemd runc kmod
 leave_root
-[[ -n $package ]] || package=$("$here/../packaging/deb.sh" "$bin/ublkimg" "$dir")
 cp "$package" "$root/ublkimg.deb"
 
 step "the package: $(basename "$package")"
@@ -104,5 +103,6 @@ mkdir -p /run/systemd/system /usr/local/bin; ln -sf /bin/true /usr/local/bin/sys
 ublkimg ls --json | grep -q '\"kept\"'
 ublkimg rm kept; dpkg -r ublkimg >>/removal 2>&1
 ! test -e /usr/bin/ublkimg; ! test -e /usr/lib/systemd/system/ublkimg.service; test -e /etc/ublkimg/config.toml
-dpkg -P ublkimg >>/removal 2>&1; ! test -e /etc/ublkimg/config.toml" || { cat "$root/removal" >&2; die "removal"; }
+dpkg -P ublkimg >>/removal 2>&1; rm /ublkimg.deb
+! find / -xdev -name '*ublkimg*' ! -path '/root/*' | grep ." || { cat "$root/removal" >&2; die "removal"; }
 echo "package: installed, used as the tutorial says, and removed in a clean $suite root: $((SECONDS - started)) s"
