@@ -6,6 +6,7 @@
 mod arrows;
 mod exit_codes;
 mod guarantees;
+mod index;
 mod repository;
 mod source;
 
