@@ -28,6 +28,7 @@ mod outage_tests;
 mod profile_fixture;
 #[cfg(test)]
 mod profile_tests;
+pub mod propagation;
 pub mod pull;
 #[cfg(test)]
 mod random;

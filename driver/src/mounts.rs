@@ -42,6 +42,10 @@ pub struct Mount {
     pub root: PathBuf,
     /// Where, as the process sees it.
     pub mount_point: PathBuf,
+    /// Peer group to which it belongs, if it is shared.
+    pub shared: Option<u32>,
+    /// Peer group from which it receives, if it is a slave.
+    pub master: Option<u32>,
     /// Type of the file system.
     pub fs_type: String,
     /// What was mounted, as the file system tells it.
@@ -102,9 +106,7 @@ pub fn at(directory: &Path) -> Result<Option<Mount>> {
 /// When `/proc` cannot be read.
 pub fn holders(device: DeviceNumber) -> Result<Vec<Holder>> {
     let mut holders = Vec::new();
-    for (pid, namespace) in namespaces()? {
-        // The process may have ended: then another one speaks for the namespace next time, or nobody is left in it.
-        let Ok(mounts) = read_table(&PathBuf::from(format!("/proc/{pid}/mountinfo"))) else { continue };
+    for (pid, namespace, mounts) in tables()? {
         let mount_points: Vec<_> =
             mounts.into_iter().filter(|mount| mount.device == device).map(|mount| mount.mount_point).collect();
         if !mount_points.is_empty() {
@@ -186,6 +188,15 @@ fn unmount_with(directory: &Path, flags: UnmountFlags) -> Result<()> {
     })
 }
 
+/// The mount table of each mount namespace, with a process in it, the lowest id, and the namespace's inode.
+pub(crate) fn tables() -> Result<impl Iterator<Item = (u32, u64, Vec<Mount>)>> {
+    Ok(namespaces()?.into_iter().filter_map(|(pid, namespace)| {
+        // The process may have ended: then another one speaks for the namespace next time, or nobody is left in it.
+        let mounts = read_table(&PathBuf::from(format!("/proc/{pid}/mountinfo"))).ok()?;
+        Some((pid, namespace, mounts))
+    }))
+}
+
 /// One process, the lowest id, of each mount namespace.
 fn namespaces() -> Result<BTreeMap<u32, u64>> {
     let proc = Path::new("/proc");
@@ -220,11 +231,20 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let device = DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? };
     let root = unescape(fields.next()?);
     let mount_point = unescape(fields.next()?);
-    fields.by_ref().find(|field| *field == b"-")?;
+    let (mut shared, mut master) = (None, None);
+    // Behind the options of the mount.
+    for field in fields.by_ref().skip(1) {
+        match text(field)?.split_once(':') {
+            Some(("shared", group)) => shared = Some(group.parse().ok()?),
+            Some(("master", group)) => master = Some(group.parse().ok()?),
+            _ if field == b"-" => break,
+            _ => {}
+        }
+    }
     let fs_type = text(fields.next()?)?.to_owned();
     let source = unescape(fields.next()?);
     let super_options = String::from_utf8_lossy(fields.next().unwrap_or_default()).into_owned();
-    Some(Mount { id, parent_id, device, root, mount_point, fs_type, source, super_options })
+    Some(Mount { id, parent_id, device, root, mount_point, shared, master, fs_type, source, super_options })
 }
 
 fn text(field: &[u8]) -> Option<&str> {
@@ -254,12 +274,13 @@ mod tests {
     #[test]
     fn a_line_with_everything() {
         let line =
-            br"36 35 259:3 /a\040b /mnt/c\134d rw,noatime master:1 propagate_from:2 - erofs /dev/ublkb0 ro,user_xattr";
+            br"36 35 259:3 /a\040b /mnt/c\134d rw,noatime shared:7 master:1 propagate_from:2 - erofs /dev/ublkb0 ro,user_xattr";
         let mount = parse_line(line).unwrap();
         assert_eq!((mount.id, mount.parent_id), (36, 35));
         assert_eq!(mount.device, DeviceNumber { major: 259, minor: 3 });
         assert_eq!(mount.root, Path::new("/a b"));
         assert_eq!(mount.mount_point, Path::new(r"/mnt/c\d"));
+        assert_eq!((mount.shared, mount.master), (Some(7), Some(1)));
         assert_eq!(mount.fs_type, "erofs");
         assert_eq!(mount.source, Path::new("/dev/ublkb0"));
         assert_eq!(mount.super_options, "ro,user_xattr");

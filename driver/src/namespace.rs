@@ -147,6 +147,8 @@ mod tests {
             device: DeviceNumber { major: 0, minor: id },
             root: "/".into(),
             mount_point: place.into(),
+            shared: None,
+            master: None,
             fs_type: "overlay".into(),
             source: "overlay".into(),
             super_options: String::new(),

@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -50,6 +52,56 @@ fn the_mounted_tree_is_that_of_the_source() {
     assert_eq!(host.devices(), Vec::<Value>::new());
     assert_eq!(std::fs::metadata(&mount).unwrap().dev(), std::fs::metadata(host.root.path()).unwrap().dev());
     host.ublkimg(&["rm", mount.to_str().unwrap()]).refused(3, &["mnt"]);
+    host.end();
+}
+
+/// A process in a mount namespace of its own, whose mounts have this propagation; it ends with the test.
+fn namespace(propagation: &str) -> Elsewhere {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", propagation, "sh", "-c", "echo there; exec cat"]);
+    let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(process.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "there\n");
+    Elsewhere(process)
+}
+
+struct Elsewhere(Child);
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        self.0.wait().unwrap();
+    }
+}
+
+#[test]
+fn copies_in_the_namespaces_of_services_go_too() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let elsewhere = TempRoot::new().unwrap();
+    let shared = elsewhere.tmpfs("shared", 1 << 20).unwrap();
+    Command::new("mount").arg("--make-shared").arg(&shared).status().unwrap();
+    // As systemd-udevd has it, and all units with a sandbox.
+    let service = namespace("slave");
+    let mount = shared.join("mnt");
+    let mount = mount.to_str().unwrap();
+    host.add("sample", &["--mount", mount]).success();
+    let seen = std::fs::read_to_string(format!("/proc/{}/mountinfo", service.0.id())).unwrap();
+    assert!(seen.contains(mount), "the service has a copy: {seen}");
+    host.ublkimg(&["rm", mount]).success();
+    assert_eq!(host.devices(), Vec::<Value>::new());
+
+    // As a container's own mounts: unmounting here does not reach them.
+    host.add("sample", &["--mount", mount]).success();
+    let container = namespace("private");
+    host.ublkimg(&["rm", mount]).refused(9, &["mnt", &format!("process {}", container.0.id())]);
+    assert!(Path::new(mount).join("etc/replaced").exists(), "nothing was unmounted");
+    drop(container);
+    host.ublkimg(&["rm", mount]).success();
+    drop(service);
     host.end();
 }
 

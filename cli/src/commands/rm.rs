@@ -1,17 +1,17 @@
 //! `ublkimg rm`: unmount, stop, delete, in that order; what `--overlay` and `bundle` made over the image goes first.
 //!
-//! Mounts in the caller's mount namespace are unmounted. A mount that is in use, one in another mount namespace, or a
-//! file system stacked on top (overlayfs) refuses the removal, unless `--force` is given. What is in use is looked at
-//! again for [`BUSY_PATIENCE`] first: a process that was just forked holds its parent's files until it calls exec, udev
-//! opens a device for a moment, and a warmer that is sent away ends its turn.
+//! Mounts in the caller's mount namespace are unmounted, and with them the copies that services with a namespace of their
+//! own have. A mount that is in use, one in another mount namespace that would stay, or a file system stacked on top
+//! (overlayfs) refuses the removal, unless `--force` is given. What is in use is looked at again for [`BUSY_PATIENCE`]
+//! first: a process that was just forked holds its parent's files until it calls exec, udev opens a device for a moment,
+//! and a warmer that is sent away ends its turn.
 
-use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use ublkimg_driver::daemon::protocol::{DeviceStatus, Request};
 use ublkimg_driver::daemon::{Directories, client};
 use ublkimg_driver::error::{Error, ErrorKind};
-use ublkimg_driver::mounts;
+use ublkimg_driver::{mounts, propagation};
 
 use super::{daemon, mount_helper, status};
 use crate::args::{Global, Rm};
@@ -137,10 +137,7 @@ fn unmount(device: &DeviceStatus, force: bool) -> anyhow::Result<()> {
 
 /// Looks for mounts that unmounting here would not reach, before anything is unmounted.
 fn refuse_if_mounted_elsewhere(device: &DeviceStatus, number: mounts::DeviceNumber) -> anyhow::Result<()> {
-    let here = std::fs::metadata("/proc/self/ns/mnt")?.ino();
-    let Some(other) = mounts::holders(number)?.into_iter().find(|holder| holder.namespace != here) else {
-        return Ok(());
-    };
+    let Some(other) = propagation::out_of_reach(number)?.into_iter().next() else { return Ok(()) };
     let text = format!(
         "{} is mounted at {} in the mount namespace of process {}: unmount it there, or use --force",
         device.name,
