@@ -25,7 +25,7 @@ SIMULATION_SEEDS := 2000
 N := 500
 MINUTES := 60
 
-.PHONY: broken package podman deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert bench-convert-wheels debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
+.PHONY: broken package reboot podman deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert bench-convert-wheels debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -139,15 +139,19 @@ test: deps ## everything that must hold; some 35 minutes on two cores, most of t
 	@$(MAKE) --no-print-directory $(LANES)
 
 test-full: export UBLKIMG_STACKS := 400
-test-full: ## and what takes long: broken builds, the package in a clean root, podman, the whole demo image on the stock kernels, ten times as many stacks of layers
+test-full: ## and what takes long: broken builds, the package in a clean root and on a system that reboots, podman, the whole demo image on the stock kernels, ten times as many stacks of layers
 	@$(MAKE) --no-print-directory debian-images
 	@$(MAKE) --no-print-directory broken
 	@$(MAKE) --no-print-directory package
+	@$(MAKE) --no-print-directory reboot
 	@$(MAKE) --no-print-directory podman
 	@$(MAKE) --no-print-directory test LANES=lanes-full
 
 package: deb programs ## installs the package in a clean Debian root, uses it there as docs/tutorial.md says, and purges it; two minutes
 	@tests/package.sh target/debian-images $(PACKAGE) $(BIN)
+
+reboot: deb programs ## a Debian system with the package that reboots in an emulated machine; docs/testing.md; ten minutes
+	@tests/vm/reboot.sh target/vm $(PACKAGE) $(BIN)
 
 podman: programs ## runs the recipes for podman; skipped where there is none
 	@tests/podman.sh $(BIN)

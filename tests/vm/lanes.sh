@@ -51,18 +51,7 @@ lane() {
   fi
 }
 
-# What all lanes read: the sample images, converted here, because an emulated machine would take minutes for it.
-prepare_images() {
-  local tag
-  ((EUID == 0)) || { echo "needs root"; return 1; }
-  "$here/sample.sh" "$target/sample" "$bin" || return 1
-  rm -rf "$images"
-  mkdir -p "$images"
-  for tag in one two; do
-    "$bin/ublkimg" convert "oci:$target/sample/$tag:latest" "oci:$images/erofs:$tag" || return 1
-    cp "$target/sample/$tag.list" "$images/"
-  done
-}
+prepare_images() { "$here/images.sh" "$target" "$images" "$bin"; }
 
 prepare_demo_image() {
   "$root/tests/demo/build-image.sh" || return 1

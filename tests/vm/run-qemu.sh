@@ -1,23 +1,26 @@
 #!/bin/bash
-# Runs a script on a stock Debian kernel in an emulated machine that holds nothing but busybox and what is added.
+# Runs a script on a stock Debian kernel in an emulated machine that holds nothing but busybox and what is added, or a system on a disk.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 usage() {
   cat <<'U'
 usage: run-qemu.sh --kernel 6.12|7.2 --cache DIR --init SCRIPT [--add HOSTPATH:GUESTPATH]... [--timeout S] [--mem 1G]
                    [--accel auto|kvm|tcg]
+       run-qemu.sh --kernel 6.12|7.2 --cache DIR --disk DIR [--timeout S] [--mem 1G] [--accel auto|kvm|tcg]
   --cache DIR   filled by fetch-kernels.sh
   --init SCRIPT run as root by busybox sh, after the modules are loaded and /proc, /sys, /dev, cgroup2, /run, /tmp, /mnt are mounted
   --add         puts a file or directory into the guest, below its root; programs must be static, the guest has no libraries
+  --disk DIR    boots DIR/vmlinuz with DIR/initrd and the root file system DIR/disk (/dev/vda) instead; what is written to the disk lasts
+                until the end, through reboots too. It ends by a line "MARKER CODE" on the console, MARKER being on its command line
   --accel       auto (default) takes KVM only where it has really booted this kernel since the host's last boot, else TCG
   Exit code: the script's; 124 after the timeout (default 180 s); 125 if the guest could not run it.
 U
 }
 die() { echo "run-qemu.sh: $*" >&2; exit 125; }
-kernel= cache= init= timeout=180 mem=1G accel=auto add=()
+kernel= cache= init= disk= timeout=180 mem=1G accel=auto add=()
 while (($#)); do
   case $1 in
-  --kernel | --cache | --init | --timeout | --mem | --accel | --add)
+  --kernel | --cache | --init | --disk | --timeout | --mem | --accel | --add)
     (($# >= 2)) || die "$1 needs a value"
     if [[ $1 == --add ]]; then add+=("$2"); else printf -v "${1#--}" %s "$2"; fi
     shift 2 ;;
@@ -25,8 +28,8 @@ while (($#)); do
   *) usage >&2; die "unknown argument $1" ;;
   esac
 done
-[[ -n $kernel && -n $cache && -n $init ]] || { usage >&2; exit 125; }
-[[ -f $init ]] || die "no such script: $init"
+[[ -n $kernel && -n $cache && (-n $init || -n $disk) ]] || { usage >&2; exit 125; }
+if [[ -n $disk ]]; then [[ -f $disk/disk ]] || die "no disk in $disk"; else [[ -f $init ]] || die "no such script: $init"; fi
 [[ $timeout =~ ^[0-9]+$ ]] || die "--timeout wants seconds"
 vm=$cache/$kernel
 [[ -e $vm/vmlinuz ]] || die "no kernel $kernel in $cache: run fetch-kernels.sh $cache $kernel"
@@ -71,32 +74,41 @@ trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-root=$work/root
-mkdir -p "$root"/{bin,sbin,usr/bin,usr/sbin,dev,etc,proc,sys,run,tmp,mnt,root,lib/modules}
-cp "$busybox" "$root/bin/busybox"
-cp "$vm"/modules/* "$root/lib/modules/"
-cp "$here/guest-init-busybox.sh" "$root/init"
-cp "$init" "$root/script"
-chmod 755 "$root/init" "$root/script"
-for a in "${add[@]}"; do
-  from=${a%:*} to=${a##*:}
-  [[ $a == *:/* ]] || die "--add wants HOSTPATH:/GUESTPATH, not $a"
-  [[ -e $from ]] || die "no such file: $from"
-  mkdir -p "$root$(dirname -- "$to")"
-  cp -rL --preserve=mode,timestamps -- "$from" "$root$to"
-  if [[ -f $from && -x $from ]] && dynamic "$from"; then
-    echo "run-qemu.sh: warning: $from is dynamically linked and will not start in the guest" >&2
-  fi
-done
-(cd "$root" && find . | cpio -o -H newc -R 0:0 --quiet) >"$work/initramfs"
-
+# initramfs FILE : busybox, the modules, the script and what is added
+initramfs() {
+  local root=$work/root a from to
+  mkdir -p "$root"/{bin,sbin,usr/bin,usr/sbin,dev,etc,proc,sys,run,tmp,mnt,root,lib/modules}
+  cp "$busybox" "$root/bin/busybox"
+  cp "$vm"/modules/* "$root/lib/modules/"
+  cp "$here/guest-init-busybox.sh" "$root/init"
+  cp "$init" "$root/script"
+  chmod 755 "$root/init" "$root/script"
+  for a in "${add[@]}"; do
+    from=${a%:*} to=${a##*:}
+    [[ $a == *:/* ]] || die "--add wants HOSTPATH:/GUESTPATH, not $a"
+    [[ -e $from ]] || die "no such file: $from"
+    mkdir -p "$root$(dirname -- "$to")"
+    cp -rL --preserve=mode,timestamps -- "$from" "$root$to"
+    if [[ -f $from && -x $from ]] && dynamic "$from"; then
+      echo "run-qemu.sh: warning: $from is dynamically linked and will not start in the guest" >&2
+    fi
+  done
+  (cd "$root" && find . | cpio -o -H newc -R 0:0 --quiet) >"$1"
+}
 marker="guest-exit-$RANDOM$RANDOM"
+words="console=ttyS0 quiet loglevel=1 mitigations=off nokaslr marker=$marker"
+if [[ -n $disk ]]; then
+  system=(-kernel "$disk/vmlinuz" -initrd "$disk/initrd" -drive "file=$disk/disk,format=raw,if=virtio,snapshot=on")
+  words+=' root=/dev/vda rw systemd.show_status=no systemd.getty_auto=no'
+else
+  initramfs "$work/initramfs"
+  system=(-kernel "$vm/vmlinuz" -initrd "$work/initramfs" -no-reboot)
+  words+=' panic=-1'
+fi
 mkfifo "$work/serial"
 # More than one processor makes wake-ups 50 times slower under TCG.
 timeout --kill-after=5 "$timeout" qemu-system-x86_64 -machine q35 "${machine[@]}" -smp 1 -m "$mem" \
-  -nodefaults -no-user-config -no-reboot -display none -serial stdio -monitor none \
-  -kernel "$vm/vmlinuz" -initrd "$work/initramfs" \
-  -append "console=ttyS0 quiet loglevel=1 panic=-1 mitigations=off nokaslr marker=$marker" </dev/null >"$work/serial" &
+  -nodefaults -no-user-config -display none -serial stdio -monitor none "${system[@]}" -append "$words" </dev/null >"$work/serial" &
 pid=$!
 code=
 while IFS= read -r line || [[ -n $line ]]; do
