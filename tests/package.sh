@@ -51,39 +51,22 @@ grep -qx 'reload ublkimg.service' "$root/told" || die "an upgrade has no takeove
 ! grep -qE '^(stop|restart|kill)' "$root/told" || die "an upgrade stops a daemon that serves devices"
 
 step "a registry with app:1"
-mkdir -p "$work/app/bin" "$work/app/etc"
-cp "$(command -v busybox)" "$work/app/bin/busybox"
-for name in sh cat echo touch; do ln -s busybox "$work/app/bin/$name"; done
-echo 'hello from app' >"$work/app/etc/motd"
-echo 'root:x:0:0::/:/bin/sh' >"$work/app/etc/passwd"
-head -c 4000000 /dev/urandom >"$work/app/etc/unread"
-pack "$work/app" "$work/app.tar"
-"$here/demo/pack-layout.sh" --output "$work/layout" "$work/app.tar"
-"$bin/test-registry" --load "app:1=$work/layout" >"$work/registry.out" 2>"$work/registry.log" &
+"$here/tutorial.sh" "$work/tutorial"
+"$bin/test-registry" --load "app:1=$work/tutorial/app" >"$work/registry.out" 2>"$work/registry.log" &
 registry=$!
 trap 'kill $registry 2>/dev/null || true' EXIT
 for _ in $(seq 50); do address=$(grep -oE '127\.0\.0\.1:[0-9]+' "$work/registry.out" | head -n 1) && break; sleep 0.1; done
 [[ -n ${address:-} ]] || die "the registry did not come up"
 
 step "the tutorial, over the fallback transport"
-sed -n '/^```console$/,/^```$/p' "$here/../docs/tutorial.md" | sed -nE 's/^\$ //p' | sed "s/registry\.example\.com/$address/g" >"$root/tutorial"
-(($(wc -l <"$root/tutorial") > 20)) || die "the tutorial has hardly a line"
-cat >"$work/run" <<'RUN'
-set -e
-cd /root
-while read -r line; do
-  echo "+ $line"
-  eval "$line" </dev/null
-done </tutorial
-RUN
-cp "$work/run" "$root/run-tutorial"
+cp "$work/tutorial/run" "$root/run-tutorial"
 umount "$root/proc"
 for place in dev proc sys; do mount --rbind "/$place" "$root/$place"; done
 rm -rf "$root/run/systemd" "$root/usr/local/bin/systemctl"
 mkdir -p "$root/old"
 # The root of this namespace, not a chroot: runc changes its own root once more.
 in_root() { unshare --mount --propagation private sh -c 'cd "$1" && pivot_root . old && umount -l /old && shift && exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root UBLKIMG_TRANSPORT=fuse "$@"' sh "$root" "$@"; }
-in_root sh /run-tutorial >"$work/tutorial.out" 2>&1 || { cat "$work/tutorial.out" >&2; die "a line of the tutorial failed"; }
+in_root sh /run-tutorial "$address" >"$work/tutorial.out" 2>&1 || { cat "$work/tutorial.out" >&2; die "a line of the tutorial failed"; }
 grep -q '^hello$' "$work/tutorial.out" || die "the container said nothing"
 grep -q '^full pull ' "$work/tutorial.out" || die "compare printed no table"
 [[ -n $(find "$root" -xdev -maxdepth 2 -name start.html -size +0) ]] || die "there is no report"

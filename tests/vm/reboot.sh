@@ -11,7 +11,7 @@ skip() { echo "SKIP reboot: $*"; exit 0; }
 vm=$(realpath -m -- "$1") package=$(realpath -- "$2") bin=$(realpath -- "$3")
 dir=$vm/debian kernels=${VM_CACHE:-$vm/kernels}
 ((EUID == 0)) || skip "needs root"
-for c in qemu-system-x86_64 debootstrap mkfs.ext4 unshare; do command -v "$c" >/dev/null || skip "no $c here: run 'make deps'"; done
+for c in qemu-system-x86_64 debootstrap mkfs.ext4 unshare busybox; do command -v "$c" >/dev/null || skip "no $c here: run 'make deps'"; done
 # All mounts below are in a mount namespace of this script's own: they end with it, however it ends.
 [[ -n ${REBOOT_INSIDE:-} ]] || exec env REBOOT_INSIDE=1 unshare --mount --propagation private "$0" "$@"
 
@@ -26,7 +26,7 @@ make_base() {
   mount --bind "$base" "$root"
   enter_root
   step "systemd and a kernel"
-  quietly "${inside[@]}" "${apt[@]}" install -y --no-install-recommends systemd-sysv udev kmod linux-image-cloud-amd64 initramfs-tools
+  quietly "${inside[@]}" "${apt[@]}" install -y --no-install-recommends systemd-sysv udev kmod linux-image-cloud-amd64 initramfs-tools runc
   leave_root
   clean "$root"
   cp "$root"/boot/vmlinuz-* "$dir/vmlinuz"
@@ -48,6 +48,7 @@ cp "$package" "$root/test/package.deb"
 inside=(env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin chroot "$root")
 quietly "${inside[@]}" dpkg -i /test/package.deb
 cp -r "$dir/images" "$root/test/images"
+"$here/../tutorial.sh" "$root/test/tutorial"
 cp "$here"/reboot/*.sh "$root/test/"
 for program in test-registry list-tree steady-reader; do strip -o "$root/test/$program" "$bin/$program"; done
 cp "$here"/reboot/units/*.service "$root/etc/systemd/system/"
@@ -61,3 +62,4 @@ quietly mkfs.ext4 -q -F -d "$root" "$dir/disk"
 umount "$root"
 "$here/run-qemu.sh" --kernel 6.12 --cache "$kernels" --disk "$dir" --mem 1G --timeout 1500
 rm "$dir/disk"
+echo "reboot: Debian with the package, rebooted without the registry of its images: $SECONDS s"

@@ -4,9 +4,18 @@
 . /test/guest.sh
 trap 'code=$?; [[ $code == 0 ]] || ended $code' EXIT
 
-say "the kernel and the unit"
-active systemd-modules-load.service
+say "the tutorial, on a kernel with ublk and without the unit"
 [[ -c /dev/ublk-control ]] || fail "modules-load.d has not loaded ublk_drv"
+systemctl start test-registry
+for _ in $(seq 60); do ! registry_answers || break; sleep 1; done
+sh /test/tutorial/run "$REG" >"$WORK/tutorial" 2>&1 || { cat "$WORK/tutorial"; fail "a line of the tutorial failed"; }
+grep -q '^hello$' "$WORK/tutorial" || fail "the container said nothing"
+grep -q '^full pull ' "$WORK/tutorial" || fail "compare printed no table"
+grep -q '^/dev/ublkb[0-9]* /mnt/app$' "$WORK/tutorial" || fail "the tutorial did not use ublk"
+rm /etc/ublkimg/images.d/app.toml
+
+say "the unit"
+active systemd-modules-load.service
 systemctl enable --now ublkimg || fail "the daemon does not start"
 say "$(systemd-analyze security --no-pager ublkimg.service | tail -n 1)"
 for line in 'Seccomp:.2' 'NoNewPrivs:.1'; do
@@ -15,7 +24,6 @@ done
 ublkimg doctor
 
 say "an image by a file in images.d"
-systemctl start test-registry
 cat >/etc/ublkimg/images.d/weights.toml <<T
 reference = "$REG/sample:one"
 mount = "/mnt/weights"

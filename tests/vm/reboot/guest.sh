@@ -17,7 +17,7 @@ trap 'say "line $LINENO: $BASH_COMMAND ended with $?"' ERR
 # ended CODE : the line that the runner of this machine waits for
 ended() {
   echo "$(grep -o 'marker=[^ ]*' /proc/cmdline | cut -d= -f2) $1"
-  systemctl poweroff --no-block
+  systemctl poweroff -ff
 }
 
 # same_tree DIR TAG : the whole tree below DIR is the image's, as the device gives it now and not the page cache
@@ -27,6 +27,7 @@ same_tree() {
   cmp -s "$WORK/listed" "/test/images/$2.list" || { diff "/test/images/$2.list" "$WORK/listed" | head || true; fail "the tree of $2 differs"; }
 }
 
+registry_answers() { (exec 3<>"/dev/tcp/${REG/://}") 2>/dev/null; }
 active() { systemctl is-active -q "$@" || fail "not active: $(systemctl is-active "$@" | paste -sd' ') of $*"; }
 main_pid() { systemctl show -P MainPID ublkimg.service; }
 # servers : processes of the unit beside the guard

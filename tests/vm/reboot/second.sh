@@ -6,7 +6,7 @@ trap 'ended $?' EXIT
 state=$(systemctl is-system-running --wait) || true
 [[ $state == running ]] || { systemctl --failed --no-pager --no-legend; fail "the system is $state"; }
 say "booted: $state"
-! (exec 3<>"/dev/tcp/${REG/://}") 2>/dev/null || fail "something answers at $REG"
+! registry_answers || fail "something answers at $REG"
 active ublkimg.service ublkimg@weights.service mnt-two.mount uses-weights.service uses-two.service
 [[ $(device_of /mnt/weights) == /dev/ublkb* && $(device_of /mnt/two) == /dev/ublkb* ]] || fail "$(findmnt -t erofs)"
 same_tree /mnt/weights one
