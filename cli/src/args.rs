@@ -162,6 +162,9 @@ pub(crate) struct Convert {
     /// Platform to take from a multi-platform image, such as linux/arm64 or linux/arm/v7 (default: this machine's)
     #[arg(long, value_name = "OS/ARCH", conflicts_with = "all_platforms")]
     pub(crate) platform: Option<String>,
+    /// Add a dm-verity tree over the device, for `add --verity`; reads the converted layers back
+    #[arg(long)]
+    pub(crate) verity: bool,
     /// Convert the images for all platforms of Linux
     #[arg(long)]
     pub(crate) all_platforms: bool,
@@ -218,6 +221,9 @@ pub(crate) struct Add {
     /// Make the mount writable: an overlay, whose changes go into UPPER, or into memory if that is not given
     #[arg(long, value_name = "UPPER", num_args = 0..=1, require_equals = true, requires = "mount")]
     pub(crate) overlay: Option<Option<PathBuf>>,
+    /// Have the kernel check each block that is read, by dm-verity; for an image that was converted with --verity
+    #[arg(long)]
+    pub(crate) verity: bool,
     #[command(flatten)]
     pub(crate) start: StartArguments,
     /// Return only when the whole image is on this host; fetches at full rate

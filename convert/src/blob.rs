@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! layer blob:    [skippable: merge record][frame: chunk 0]..[frame: chunk n-1][skippable: chunk index]
+//! verity tree:   [frame: chunk 0]..[frame: chunk n-1][skippable: chunk index]
 //! metadata blob: [frame: chunk 0]..[frame: chunk n-1][skippable: bundle]
 //! ```
 //! The chunks of a layer blob are its metadata, cut every 256 KiB, then its data as [`place`](crate::place) planned it;
@@ -10,6 +11,7 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use sha2::Digest as _;
@@ -95,6 +97,30 @@ pub(crate) fn write_layer_blob(
     let trailer = skippable(SkippableKind::ChunkIndex, &index.encode()).map_err(from_image)?;
     let blob = writer.finish(&trailer, uncompressed_digest)?;
     Ok(LayerBlob { blob, index, metadata, record })
+}
+
+/// Writes the blob of a verity tree, which lies in `tree`, into a file without a name in `dir`: chunks and their index.
+///
+/// # Errors
+/// As [`write_layer_blob`].
+pub(crate) fn write_tree_blob(tree: &File, len_bytes: u64, dir: &Path, how: Compress) -> Result<(Blob, ChunkIndex)> {
+    let piece_bytes = PIECE_BYTES as u64;
+    let read = |number: usize| {
+        let start = number as u64 * piece_bytes;
+        let mut piece = vec![0; usize::try_from(piece_bytes.min(len_bytes - start)).unwrap_or(PIECE_BYTES)];
+        tree.read_exact_at(&mut piece, start).map_err(|error| in_dir(dir, error))?;
+        Ok(Chunk::Raw(piece))
+    };
+    let mut writer = BlobWriter::new(dir)?;
+    let mut index = ChunkIndexBuilder::new(0);
+    let count = usize::try_from(len_bytes.div_ceil(piece_bytes)).unwrap_or(usize::MAX);
+    let uncompressed_digest = compress(how, count, read, |frame| {
+        index.push(frame.stored.len() as u64, frame.raw.len() as u64, frame.id).map_err(from_image)?;
+        writer.write(&frame.stored)
+    })?;
+    let index = index.finish();
+    let trailer = skippable(SkippableKind::ChunkIndex, &index.encode()).map_err(from_image)?;
+    Ok((writer.finish(&trailer, uncompressed_digest)?, index))
 }
 
 /// Writes the metadata blob into a file without a name in `dir`.

@@ -21,14 +21,16 @@ use tokio::io::AsyncReadExt as _;
 use tokio_util::io::SyncIoBridge;
 use ublkimg_image::{BundledLayer, Sha256, read_tree};
 use ublkimg_registry::descriptor::{Descriptor, Index, MEDIA_TYPE_DOCKER_LIST, MEDIA_TYPE_INDEX, Platform};
-use ublkimg_registry::erofs_manifest::{LayerRef, OS_FEATURE_EROFS};
+use ublkimg_registry::erofs_manifest::{LayerRef, OS_FEATURE_EROFS, VerityRef};
 use ublkimg_registry::profile::{self, profiles};
 use ublkimg_registry::{ClientOptions, Digest, Location, Repository};
 
 use crate::background;
 use crate::blob::from_stored;
 use crate::config::Config;
+use crate::convert::verity;
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::copy_blob;
 use crate::merge::Merge;
 use crate::progress::{Phase, Progress, Task};
 use crate::source::{Platforms, Source};
@@ -156,7 +158,35 @@ impl Checker<'_> {
         let merged = merge.into_tree();
         checked.objects = tree::compare(&merged, &found, |_, expected, _, found| Ok(expected == found))
             .map_err(|error| error.within("the metadata image is not what the layers merge to"))?;
+        if let (Some(verity), Some(bundled)) = (&self.image.manifest.verity, &self.image.tree) {
+            self.check_tree(verity, bundled).await.map_err(|error| error.within("the verity tree"))?;
+            checked.stored_bytes += verity.tree.size_bytes;
+        }
         Ok(checked)
+    }
+
+    /// Makes the tree once more, and reads the one that is stored.
+    async fn check_tree(&self, verity: &VerityRef, bundled: &BundledLayer) -> Result<()> {
+        let (image, tmpdir) = (&self.image, &self.options.tmpdir);
+        let metadata = image.metadata.as_slice().into();
+        let made =
+            verity::read(self.repository, metadata, &image.bundle.layers, &image.manifest.layers, tmpdir).await?;
+        if made.root.0 != verity.root.0 {
+            return Err(Error::damaged("the manifest has another root than the device"));
+        }
+        let (stored, len_bytes) = (&verity.tree, bundled.index.raw_len_bytes());
+        if bundled.index.digest().0 != stored.index_digest.0 || made.len_bytes != len_bytes {
+            return Err(Error::damaged("it has another chunk index or length than it should"));
+        }
+        let reader = SyncIoBridge::new(self.repository.blob(&stored.digest, stored.size_bytes).await?);
+        let digest = stored.uncompressed_digest;
+        background::run(move || {
+            if made.digest()?.0 != digest.0 {
+                return Err(Error::damaged("it is not that of the device"));
+            }
+            copy_blob(reader, &mut std::io::sink(), len_bytes, digest)
+        })
+        .await?
     }
 
     async fn read_blob(&self, number: usize, layer: &LayerRef, bundled: &BundledLayer) -> Result<CheckedBlob> {
@@ -180,7 +210,7 @@ impl Checker<'_> {
         let manifest = &self.image.manifest;
         let bytes = read_whole(self.repository, &manifest.config).await?;
         let config = Config::parse(&bytes)?;
-        let layers = manifest.layers.iter().map(|layer| layer.uncompressed_digest);
+        let layers = manifest.devices().map(|layer| layer.uncompressed_digest);
         let listed: Vec<Sha256> =
             layers.chain([manifest.metadata.uncompressed_digest]).map(|digest| Sha256(digest.0)).collect();
         if config.diff_ids(listed.len())?.as_ref() != Some(&listed) {

@@ -66,8 +66,8 @@ impl Config {
         ids.iter().map(parse).collect::<Result<_>>().map(Some)
     }
 
-    /// The config of the converted image, whose layers have these digests.
-    pub(crate) fn converted(mut self, diff_ids: &[Sha256]) -> Vec<u8> {
+    /// The config of the converted image, whose layers have these digests. `has_tree`: the last but one is a verity tree.
+    pub(crate) fn converted(mut self, diff_ids: &[Sha256], has_tree: bool) -> Vec<u8> {
         let ids: Vec<String> = diff_ids.iter().map(Sha256::to_string).collect();
         self.0.insert("rootfs".to_owned(), json!({ "type": "layers", "diff_ids": ids }));
         let features = self.0.entry("os.features").or_insert_with(|| json!([]));
@@ -79,14 +79,17 @@ impl Config {
         {
             features.push(json!(OS_FEATURE_EROFS));
         }
-        // Tools pair the history with the layers, and there is one layer more now.
+        // Tools pair the history with the layers, and there are more layers now.
         let created = self.0.get("created").cloned();
+        let more = has_tree.then_some("dm-verity tree").into_iter().chain(["merged metadata"]);
         if let Some(Value::Array(history)) = self.0.get_mut("history") {
-            let mut entry = json!({ "created_by": "ublkimg convert", "comment": "merged metadata" });
-            if let (Some(created), Value::Object(entry)) = (created, &mut entry) {
-                entry.insert("created".to_owned(), created);
+            for comment in more {
+                let mut entry = json!({ "created_by": "ublkimg convert", "comment": comment });
+                if let (Some(created), Value::Object(entry)) = (&created, &mut entry) {
+                    entry.insert("created".to_owned(), created.clone());
+                }
+                history.push(entry);
             }
-            history.push(entry);
         }
         Value::Object(self.0).to_string().into_bytes()
     }
@@ -106,7 +109,7 @@ mod tests {
         assert_eq!(config.diff_ids(1).unwrap_err().kind(), ErrorKind::BadSource);
         assert_eq!(config.platform(&Platform::host()).to_string(), "linux/arm64/v8");
         let ids = [Sha256::of(b"1"), Sha256::of(b"2")];
-        let converted: Value = serde_json::from_slice(&config.converted(&ids)).unwrap();
+        let converted: Value = serde_json::from_slice(&config.converted(&ids, false)).unwrap();
         assert_eq!(converted["x"]["y"][0], 1);
         assert_eq!(converted["os.features"], json!(["other", "erofs"]));
         assert_eq!(converted["rootfs"]["diff_ids"].as_array().unwrap().len(), 2);

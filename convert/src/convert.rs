@@ -6,6 +6,7 @@ mod layer;
 mod original;
 mod publish;
 mod summary;
+pub(crate) mod verity;
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -56,6 +57,8 @@ pub struct Options {
     pub threads: NonZeroUsize,
     /// Directory of the conversion cache; `None` = there is none, the default.
     pub cache: Option<PathBuf>,
+    /// Whether the image gets a dm-verity tree. Its layers are read back from the destination for it.
+    pub verity: bool,
     /// Converted images whose layers may be used again, beside the one that the destination's tag names.
     pub reuse: Vec<Location>,
 }
@@ -71,6 +74,7 @@ impl Default for Options {
             chunk_size: ChunkSize::default(),
             threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             cache: None,
+            verity: false,
             reuse: Vec::new(),
         }
     }

@@ -2,7 +2,7 @@
 
 use tokio::io::AsyncReadExt as _;
 use ublkimg_image::zstd_frame::skippable_payload;
-use ublkimg_image::{Bundle, SkippableKind};
+use ublkimg_image::{Bundle, BundledLayer, SkippableKind};
 use ublkimg_registry::descriptor::{MEDIA_TYPE_DOCKER_LIST, MEDIA_TYPE_INDEX, Platform};
 use ublkimg_registry::erofs_manifest::{ErofsManifest, MetadataRef, choose};
 use ublkimg_registry::{Digest, Repository, Resolved};
@@ -29,6 +29,8 @@ pub struct StoredImage {
     pub metadata: Vec<u8>,
     /// The chunk indexes of the layer blobs, in the order of the manifest.
     pub bundle: Bundle,
+    /// That of the verity tree, if there is one.
+    pub tree: Option<BundledLayer>,
 }
 
 impl StoredImage {
@@ -56,12 +58,13 @@ impl StoredImage {
         bytes: &[u8],
     ) -> Result<Self> {
         let manifest = ErofsManifest::parse(bytes)?;
-        let (metadata, bundle) = read_metadata(repository, &manifest.metadata).await?;
-        let listed = manifest.layers.iter().map(|layer| layer.digest.0);
+        let (metadata, mut bundle) = read_metadata(repository, &manifest.metadata).await?;
+        let listed = manifest.devices().map(|layer| layer.digest.0);
         if !bundle.layers.iter().map(|layer| layer.digest.0).eq(listed) {
             return Err(Error::damaged("the bundle is for other layers than the manifest"));
         }
-        Ok(Self { resolved, digest, manifest_size_bytes: bytes.len() as u64, manifest, metadata, bundle })
+        let tree = manifest.verity.as_ref().and_then(|_| bundle.layers.pop());
+        Ok(Self { resolved, digest, manifest_size_bytes: bytes.len() as u64, manifest, metadata, bundle, tree })
     }
 }
 

@@ -151,6 +151,7 @@ impl Image {
         let manifest = ErofsManifest {
             config: Descriptor::new(MEDIA_TYPE_CONFIG, Digest::of(b"{}"), 2),
             layers: built.iter().zip(layers).map(|((_, bundled), content)| layer_ref(bundled, content)).collect(),
+            verity: None,
             metadata: reference,
             annotations: BTreeMap::new(),
         };

@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use ublkimg_image::{BLOCK_SIZE, ChunkIndex, DeviceMap, Segment, TAIL_BLOCKS, Target};
+use ublkimg_image::{BLOCK_SIZE, ChunkIndex, DeviceMap, Segment, Target};
 use ublkimg_scheduler::{BlobKey, ChunkKey, FillMode};
 
 use crate::counters::{ImageCounters, ImageStatistics};
@@ -205,27 +205,28 @@ impl ServedImage {
     /// # Errors
     /// `Invalid` without a block, or with more than a device can have.
     pub fn complete(file: File, file_blocks: u32) -> Result<Self> {
-        Self::new(Arc::new(file), file_blocks, Vec::new(), None, Arc::default(), None)
+        let map = DeviceMap::new(file_blocks, &[])
+            .map_err(|error| Error::caused(ErrorKind::Invalid, "lay out the device", error))?;
+        Ok(Self::new(Arc::new(file), map, 0, Vec::new(), None, Arc::default(), None))
     }
 
-    /// An image of a metadata image and layer blobs, in the order of its device table.
+    /// An image of a metadata image and the blobs of its device table, for which `map` was made. The first `layers` of them
+    /// are those of layers, whose first reads are of interest.
     pub(crate) fn new(
         metadata: Arc<File>,
-        metadata_blocks: u32,
+        map: DeviceMap,
+        layers: usize,
         blobs: Vec<ServedBlob>,
         hot: Option<ServedHot>,
         counters: Arc<ImageCounters>,
         attachment: Option<Attachment>,
-    ) -> Result<Self> {
-        let blob_blocks: Vec<u32> = blobs.iter().map(|blob| blob.index.raw_len_blocks()).collect();
-        let map = DeviceMap::new(metadata_blocks, &blob_blocks)
-            .map_err(|error| Error::caused(ErrorKind::Invalid, "lay out the device", error))?;
+    ) -> Self {
         let of_blobs = blobs.iter().chain(hot.as_ref().map(|hot| &hot.blob)).map(|blob| Arc::clone(blob.file.file()));
         let memory = blobs.first().map(|blob| Arc::clone(blob.file.memory()));
         let files = std::iter::once(metadata).chain(of_blobs).chain(memory).collect();
-        let blob_blocks = map.metadata_blocks()..map.total_blocks() - TAIL_BLOCKS;
+        let blob_blocks = map.metadata_blocks()..map.end_of(layers);
         let first_reads = FirstReads::new(blob_blocks, counters.events.began());
-        Ok(Self { map, files, blobs, hot, counters, first_reads, attachment })
+        Self { map, files, blobs, hot, counters, first_reads, attachment }
     }
 
     /// Length of the device.

@@ -40,6 +40,7 @@ pub mod store;
 #[cfg(test)]
 mod tests;
 pub mod trace_file;
+pub mod verity;
 pub mod warm;
 
 pub use attach::{AttachOptions, KeptProfile, LoadedImage, LoadedProfile, ProfileSource, attach, reopen};

@@ -2,14 +2,14 @@
 
 use ublkimg_registry::Digest;
 use ublkimg_registry::descriptor::{Descriptor, Index, Manifest, Platform};
-use ublkimg_registry::erofs_manifest::{ErofsManifest, LAYERS_MAX, LayerOrigin, LayerRef, MetadataRef, choose};
+use ublkimg_registry::erofs_manifest::{ErofsManifest, LAYERS_MAX, LayerOrigin, LayerRef, MetadataRef, VerityRef, choose};
 use ublkimg_registry::profile::{ProfileManifest, add_to_index, profiles};
 
 /// One document, taken for each kind that there is.
 pub(crate) fn manifest(data: &[u8]) {
     if let Ok(manifest) = ErofsManifest::parse(data) {
         assert!(manifest.layers.len() <= LAYERS_MAX);
-        for layer in &manifest.layers {
+        for layer in manifest.devices() {
             assert!(layer.index_range.start < layer.index_range.end && layer.index_range.end <= layer.size_bytes);
         }
         assert!(manifest.metadata.bundle_range.end <= manifest.metadata.size_bytes);
@@ -59,6 +59,7 @@ pub(crate) fn manifest_seeds() -> Vec<Vec<u8>> {
     let image = ErofsManifest {
         config: Descriptor::new("application/vnd.oci.image.config.v1+json", digest(0), 5),
         layers: vec![layer(1), layer(5)],
+        verity: Some(VerityRef { tree: layer(13), root: digest(17) }),
         metadata: MetadataRef {
             digest: digest(9),
             size_bytes: 100,

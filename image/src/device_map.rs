@@ -76,6 +76,11 @@ impl DeviceMap {
         self.total_blocks
     }
 
+    /// Where the first `count` blobs end; all of them, if there are fewer.
+    pub fn end_of(&self, count: usize) -> u32 {
+        self.starts[count.min(self.blobs())]
+    }
+
     /// Length of the metadata: the blobs start after it.
     pub fn metadata_blocks(&self) -> u32 {
         self.starts[0]
@@ -170,9 +175,11 @@ mod tests {
             let found: Vec<_> = segments.into_iter().flat_map(blocks_of).collect();
             let range = (start as usize).min(expected.len())..(start as usize + len as usize).min(expected.len());
             prop_assert_eq!(&found[..], &expected[range]);
+            prop_assert_eq!(map.end_of(blob_blocks.len()) + TAIL_BLOCKS, map.total_blocks());
             for (index, start) in (0..).zip(0..blob_blocks.len()) {
                 let sum: u32 = blob_blocks[..start].iter().sum();
                 prop_assert_eq!(map.blob_start(index), metadata_blocks + sum);
+                prop_assert_eq!(map.end_of(start), metadata_blocks + sum);
             }
         }
     }

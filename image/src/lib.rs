@@ -5,6 +5,7 @@
 //! - [`chunk_index`], [`merge_record`], [`bundle`]: what travels in the zstd skippable frames ([`zstd_frame`]) of a blob.
 //! - [`trace`], [`hot`]: the order in which a start reads blocks, and what vouches for those packed in that order.
 //! - [`device_map`]: which blob a block of the assembled device comes from.
+//! - [`verity`]: the dm-verity tree over such a device.
 //!
 //! `FORMAT.md` at the root of the repository has the byte tables. Everything that is decoded here may come from a
 //! hostile registry: decoders refuse with a typed [`Error`], they never panic and never allocate more than a small
@@ -23,6 +24,7 @@ mod path;
 mod sha256;
 pub mod trace;
 pub mod tree;
+pub mod verity;
 pub mod zstd_frame;
 
 pub use bundle::{Bundle, BundledLayer};

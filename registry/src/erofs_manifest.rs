@@ -40,6 +40,10 @@ pub const ANNOTATION_SETTINGS: &str = "vnd.ublkimg.settings";
 /// Digest of the merge record of a layer blob, without its frame header.
 pub const ANNOTATION_RECORD_DIGEST: &str = "vnd.ublkimg.merge-record.digest";
 
+/// Root of the dm-verity tree, on the descriptor of its blob, which it marks. Not `org.erofs.dmverity.root_digest`, which says
+/// of a layer that it has a tree over itself.
+pub const ANNOTATION_VERITY_ROOT: &str = "vnd.ublkimg.verity.root";
+
 /// Most layer blobs of one image. Registries stop far earlier (ECR: 127 layers); the bound keeps tables small.
 pub const LAYERS_MAX: usize = 512;
 /// Largest layer blob, in bytes: the 16 TiB that 32-bit block addresses of 4 KiB can reach.
@@ -56,8 +60,10 @@ pub const CONFIG_BYTES_MAX: u64 = 4 << 20;
 pub struct ErofsManifest {
     /// The image config.
     pub config: Descriptor,
-    /// The layer blobs, base first: the order of the devices in the metadata image's table.
+    /// The layer blobs, base first: the order of the first devices in the metadata image's table.
     pub layers: Vec<LayerRef>,
+    /// The dm-verity tree over the device, if the image has one: the last device of that table.
+    pub verity: Option<VerityRef>,
     /// The metadata blob.
     pub metadata: MetadataRef,
     /// Annotations of the manifest itself.
@@ -94,6 +100,15 @@ pub struct LayerOrigin {
     pub record_digest: Digest,
 }
 
+/// The blob with the dm-verity tree. Its salt is the digest of the decompressed metadata image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VerityRef {
+    /// The blob: chunks with an index, as those of layers are.
+    pub tree: LayerRef,
+    /// Digest of the tree's top block.
+    pub root: Digest,
+}
+
 /// The blob with the merged metadata image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MetadataRef {
@@ -117,8 +132,12 @@ impl ErofsManifest {
     pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let manifest: Manifest = serde_json::from_slice(bytes)
             .map_err(|error| Error::new(ErrorKind::Invalid, format!("image manifest: {error}")))?;
-        let Some((last, devices)) = manifest.layers.split_last() else {
+        let Some((last, others)) = manifest.layers.split_last() else {
             return Err(not_ours("the manifest has no layers"));
+        };
+        let (verity, devices) = match others.split_last() {
+            Some((tree, devices)) if tree.annotations.contains_key(ANNOTATION_VERITY_ROOT) => (Some(tree), devices),
+            _ => (None, others),
         };
         if last.media_type != MEDIA_TYPE_EROFS_ZSTD || !last.annotations.contains_key(ANNOTATION_BUNDLE_RANGE) {
             return Err(not_ours(&format!("its last layer is {}", last.media_type)));
@@ -132,15 +151,22 @@ impl ErofsManifest {
         Ok(Self {
             config: manifest.config,
             layers: devices.iter().map(LayerRef::from_descriptor).collect::<Result<_, _>>()?,
+            verity: verity.map(VerityRef::from_descriptor).transpose()?,
             metadata: MetadataRef::from_descriptor(last)?,
             annotations: manifest.annotations,
         })
+    }
+
+    /// The blobs that are devices, in the order of the device table: those of the layers, then the tree.
+    pub fn devices(&self) -> impl Iterator<Item = &LayerRef> {
+        self.layers.iter().chain(self.verity.iter().map(|verity| &verity.tree))
     }
 
     /// The manifest as JSON: same value, same bytes.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut layers: Vec<Descriptor> = self.layers.iter().map(LayerRef::to_descriptor).collect();
+        layers.extend(self.verity.as_ref().map(VerityRef::to_descriptor));
         layers.push(self.metadata.to_descriptor());
         let manifest = Manifest {
             schema_version: 2,
@@ -182,6 +208,19 @@ impl LayerRef {
         if let Some(origin) = &self.origin {
             origin.annotate(annotations);
         }
+        descriptor
+    }
+}
+
+impl VerityRef {
+    fn from_descriptor(descriptor: &Descriptor) -> Result<Self, Error> {
+        let tree = LayerRef::from_descriptor(descriptor)?;
+        Ok(Self { tree, root: digest_annotation(descriptor, ANNOTATION_VERITY_ROOT)? })
+    }
+
+    fn to_descriptor(&self) -> Descriptor {
+        let mut descriptor = self.tree.to_descriptor();
+        descriptor.annotations.insert(ANNOTATION_VERITY_ROOT.to_owned(), self.root.to_string());
         descriptor
     }
 }
@@ -334,6 +373,7 @@ mod tests {
                     record_digest: digest('8'),
                 }),
             }],
+            verity: None,
             metadata: MetadataRef {
                 digest: digest('5'),
                 size_bytes: 50,
@@ -352,6 +392,19 @@ mod tests {
     fn what_is_built_is_what_is_read() {
         assert_eq!(ErofsManifest::parse(&sample().to_bytes()).unwrap(), sample());
         assert_eq!(sample().to_bytes(), sample().to_bytes());
+    }
+
+    #[test]
+    fn a_tree_is_read_and_is_no_layer() {
+        let tree = LayerRef { digest: digest('9'), origin: None, ..sample().layers[0].clone() };
+        let image = ErofsManifest { verity: Some(VerityRef { tree, root: digest('a') }), ..sample() };
+        let read = ErofsManifest::parse(&image.to_bytes()).unwrap();
+        assert_eq!((&read, read.layers.len(), read.devices().count()), (&image, 1, 2));
+        let text = String::from_utf8(image.to_bytes()).unwrap();
+        let unknown = ErofsManifest::parse(text.replace(ANNOTATION_VERITY_ROOT, "elsewhere").as_bytes()).unwrap();
+        assert_eq!((unknown.layers.len(), unknown.verity), (2, None), "to others it is one device more");
+        let bad = text.replace(&digest('a').to_string(), "sha256:0");
+        assert_eq!(ErofsManifest::parse(bad.as_bytes()).unwrap_err().kind(), ErrorKind::Invalid);
     }
 
     #[test]

@@ -39,6 +39,7 @@ async fn push_image(repository: &Repository, tag: Option<&str>) -> Descriptor {
     let manifest = ErofsManifest {
         config: Descriptor::of(MEDIA_TYPE_CONFIG, config),
         layers: Vec::new(),
+        verity: None,
         metadata: MetadataRef { digest: metadata, size_bytes: 8, bundle_range: 4..8, uncompressed_digest: metadata },
         annotations: BTreeMap::new(),
     };

@@ -35,7 +35,8 @@ is_wanted() {
 }
 reason_in() { tail -n 1 "$1" | sed 's/^[a-z-]*\.sh: //'; }
 
-# lane NAME COMMAND... : runs it, its output in a log that is shown if it fails; 124 is a timeout, 125 a guest that did not start
+# lane NAME COMMAND... : runs it, its output in a log that is shown if it fails; 77 is a lane that says why it cannot run, 124 a
+# timeout, 125 a guest that did not start
 lane() {
   local name=$1 log=$logs/$1 rc=0 began=$EPOCHREALTIME
   shift
@@ -45,6 +46,8 @@ lane() {
   if ((rc == 0)); then
     ublk_ran=1
     report ok "$name" "$seconds"
+  elif ((rc == 77)); then
+    report SKIP "$name:" "$(reason_in "$log")"
   else
     report FAIL "$name" "$seconds, exit $rc"
     sed "s/^/  | /" "$log" | tail -n 60
@@ -85,7 +88,7 @@ else
     "$here/run-uml.sh" "$here/lanes/$1" --mem 3G --timeout "$2" -- "/mnt/host$bin" "/mnt/host$3" "$4"
   }
 fi
-full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-giveup" "$where-takeover" "$where-service" "$where-rights" "$where-corrupt" "$where-latency" "$where-profile" "$where-soak" "$where-kills")
+full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-giveup" "$where-takeover" "$where-service" "$where-rights" "$where-corrupt" "$where-latency" "$where-profile" "$where-verity" "$where-soak" "$where-kills")
 # The workspace's own tests of devices. On a host with ublk cargo has run them already.
 test_lanes=()
 [[ $where == host ]] || test_lanes=(uml-test-ublk uml-test-processes uml-test-cli_add uml-test-cli_daemon uml-test-cli_cache uml-test-cli_bundle uml-test-cli_warm)

@@ -13,7 +13,7 @@ use ublkimg_driver::daemon::protocol::{
 use ublkimg_driver::daemon::{Directories, client, device_name};
 use ublkimg_driver::device::{DataPath, QueueOptions, Transport};
 use ublkimg_driver::error::{Error, ErrorKind};
-use ublkimg_driver::mounts;
+use ublkimg_driver::{mounts, verity};
 
 use super::root::{self, Root};
 use super::{daemon, fill, local, mount_helper};
@@ -37,10 +37,12 @@ struct Added<'a> {
 pub(super) fn run(global: &Global, command: &Add) -> anyhow::Result<()> {
     let directories = super::directories(global)?;
     let mut request = add_request(command)?;
+    request.verity = command.verity;
     if command.convert {
         let reference = super::location(&command.reference)?;
         request.name.get_or_insert_with(|| device_name(&request.reference));
-        request.reference = local::convert_here(&directories, &reference, &command.attach.registry)?.to_string();
+        let registry = &command.attach.registry;
+        request.reference = local::convert_here(&directories, &reference, registry, command.verity)?.to_string();
     }
     let target = match (&command.mount, &command.overlay) {
         (None, _) => Target::None,
@@ -61,7 +63,7 @@ pub(super) fn run(global: &Global, command: &Add) -> anyhow::Result<()> {
 /// An image that nobody converted can be converted here.
 fn with_way_out(error: anyhow::Error, command: &Add) -> anyhow::Error {
     match error.downcast_ref::<Error>() {
-        Some(cause) if cause.kind() == ErrorKind::NotOurs && !command.convert => {
+        Some(cause) if cause.kind() == ErrorKind::NotOurs && !command.convert && !command.verity => {
             let reference = &command.reference;
             let text = format!("{cause}, or `ublkimg add --convert {reference}` to convert it on this host");
             Error::new(ErrorKind::NotOurs, text).into()
@@ -89,31 +91,54 @@ pub(super) fn attach(
 ) -> anyhow::Result<(DeviceStatus, Option<PathBuf>)> {
     let deadline = Instant::now() + timeout;
     let is_auto = request.transport == Transport::Auto;
+    let with_verity = request.verity;
     let executable = std::env::current_exe()?;
     let daemon = || daemon::background(&executable, global, directories);
     let answer = client::ask_or_start(directories, daemon, &Request::Add(request), timeout + client::ANSWER_MARGIN)?;
-    let Answer::Added { device, created } = answer else { return Err(super::unexpected(&answer)) };
+    let Answer::Added { mut device, created } = answer else { return Err(super::unexpected(&answer)) };
     if is_auto && device.transport == Transport::Fuse {
         eprintln!(
             "ublkimg: no ublk here (see `ublkimg doctor`): served by a FUSE file, which does not survive a crash of the daemon"
         );
     }
     let remaining = deadline.saturating_duration_since(Instant::now()).max(MOUNT_MIN_TIMEOUT);
-    let mounted = match target {
-        Target::None => Ok(None),
-        Target::Directory(directory) => mount_at(directories, &device, directory, remaining).map(Some),
-        Target::Root(wanted) => root::mount(directories, &device, wanted, remaining).map(Some),
-    };
+    let mounted = set_up(directories, &mut device, with_verity, target, remaining);
     match mounted {
         Ok(mount) => Ok((*device, mount)),
         Err(error) => {
             if created {
+                if with_verity {
+                    let _ = verity::close(&device.name, false);
+                }
                 let remove = Request::Remove { name: device.name, force: true };
                 let _ = client::ask(directories, &remove, client::ANSWER_MARGIN);
             }
             Err(error)
         }
     }
+}
+
+/// What a new device gets over it: the verity target, of which `device` then names the device, and the mount.
+fn set_up(
+    directories: &Directories,
+    device: &mut DeviceStatus,
+    with_verity: bool,
+    target: &Target<'_>,
+    timeout: Duration,
+) -> anyhow::Result<Option<PathBuf>> {
+    if let Some(table) = device.verity.as_ref().filter(|_| with_verity) {
+        device.device = verity::open(&device.name, &device.device, table)?.path;
+    }
+    let mount = match target {
+        Target::None => return Ok(None),
+        Target::Directory(directory) => mount_at(directories, device, directory, timeout)?,
+        Target::Root(wanted) => root::mount(directories, device, wanted, timeout)?,
+    };
+    if with_verity {
+        // It goes when it is unmounted, whoever does that.
+        verity::close(&device.name, true)?;
+    }
+    Ok(Some(mount))
 }
 
 fn add_request(command: &Add) -> anyhow::Result<AddRequest> {
@@ -145,6 +170,7 @@ pub(super) fn request(
         attach_timeout_ms: milliseconds(attach.timeout),
         read_timeout_ms: milliseconds(attach.io_timeout),
         holds_reads: attach.on_timeout == OnTimeout::Hold,
+        verity: false,
         start,
     })
 }

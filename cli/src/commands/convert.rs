@@ -51,6 +51,7 @@ pub(super) fn run(command: &Convert) -> anyhow::Result<()> {
         chunk_size: command.chunk_size,
         threads: command.threads.unwrap_or(defaults.threads),
         cache: cache(command),
+        verity: command.verity,
         reuse: command.reuse.iter().map(|text| super::location(text)).collect::<anyhow::Result<_>>()?,
     };
     let conversion = convert(&source, &destination, &options, progress::for_stderr());

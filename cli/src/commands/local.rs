@@ -33,6 +33,7 @@ pub(super) fn convert_here(
     directories: &Directories,
     reference: &Location,
     registry: &RegistryOptions,
+    verity: bool,
 ) -> anyhow::Result<Location> {
     let target = location(directories, reference);
     let records = Records::new(directories.devices()).read_all()?;
@@ -47,6 +48,7 @@ pub(super) fn convert_here(
         client: super::client_options(registry),
         platforms: Platforms::One(Platform::host()),
         tmpdir: dir.clone(),
+        verity,
         ..Options::default()
     };
     let source = Source::Location(reference.clone());
@@ -73,7 +75,7 @@ fn remove_old_blobs(dir: &Path, image: &StoredImage) {
     let manifest = &image.manifest;
     let parts = [image.resolved.digest, image.digest, manifest.config.digest, manifest.metadata.digest];
     let kept: HashSet<String> =
-        manifest.layers.iter().map(|layer| layer.digest).chain(parts).map(|digest| digest.hex()).collect();
+        manifest.devices().map(|blob| blob.digest).chain(parts).map(|digest| digest.hex()).collect();
     for blob in std::fs::read_dir(dir.join("blobs/sha256")).into_iter().flatten().flatten() {
         if !blob.file_name().to_str().is_some_and(|name| kept.contains(name)) {
             remove(&blob.path(), std::fs::remove_file);

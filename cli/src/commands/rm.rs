@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use ublkimg_driver::daemon::protocol::{DeviceStatus, Request};
 use ublkimg_driver::daemon::{Directories, client};
 use ublkimg_driver::error::{Error, ErrorKind};
+use ublkimg_driver::verity::{self, Mapped};
 use ublkimg_driver::{mounts, propagation};
 
 use super::{daemon, mount_helper, status};
@@ -34,7 +35,13 @@ pub(super) fn run(global: &Global, command: &Rm) -> anyhow::Result<()> {
         return tell(&directories, command);
     }
     start_daemon_for_records(global, &directories)?;
-    let device = status::find(&directories, &command.target)?;
+    let device = match status::find(&directories, &command.target) {
+        // A server that gave up has deleted what lay below it.
+        Err(error) if super::hook::is_not_found(&error) && matches!(verity::find(&command.target), Ok(Some(_))) => {
+            return close_mapped(&command.target, command.force);
+        }
+        found => found?,
+    };
     let leases = Leases::of(&directories, &device.name);
     // No container takes one between the look and the removal.
     let _lock = leases.lock()?;
@@ -61,18 +68,22 @@ fn tell(directories: &Directories, command: &Rm) -> anyhow::Result<()> {
     let root = Place::of(directories, &device.name);
     if let Some(number) = root.mounted()? {
         if !command.force {
-            refuse_if_mounted_elsewhere(&device, number)?;
+            refuse_if_mounted_elsewhere(&device.name, number)?;
         }
         let place = root.made()?.map_or_else(String::new, |made| made.root.display().to_string());
         output::line(&format!("unmount the root {place}"))?;
     }
-    if let Ok(number) = mounts::device_number(&device.device) {
+    let mapped = mapped_over(&device)?;
+    for number in mapped.iter().map(|mapped| mapped.number).chain(mounts::device_number(&device.device)) {
         if !command.force {
-            refuse_if_mounted_elsewhere(&device, number)?;
+            refuse_if_mounted_elsewhere(&device.name, number)?;
         }
         for mount in mounts::list()?.iter().rev().filter(|mount| mount.device == number) {
             output::line(&format!("unmount {}", mount.mount_point.display()))?;
         }
+    }
+    if let Some(mapped) = mapped {
+        output::line(&format!("remove {}", mapped.path.display()))?;
     }
     output::line(&format!("remove {} ({})", device.name, device.device.display()))
 }
@@ -91,12 +102,18 @@ pub(super) fn remove_patiently(directories: &Directories, device: &DeviceStatus,
 pub(super) fn remove(directories: &Directories, device: &DeviceStatus, force: bool) -> anyhow::Result<()> {
     let root = Place::of(directories, &device.name);
     if !force && let Some(number) = root.mounted()? {
-        refuse_if_mounted_elsewhere(device, number)?;
+        refuse_if_mounted_elsewhere(&device.name, number)?;
     }
     // Nobody may have a file of it open for a moment.
     client::ask(directories, &Request::EndWarming { name: device.name.clone() }, client::ANSWER_MARGIN)?;
     root.unmount(force)?;
-    unmount(device, force)?;
+    if device.verity.is_some() {
+        close_mapped(&device.name, force)?;
+    }
+    // A device whose node is gone has no mounts that could be undone.
+    if let Ok(number) = mounts::device_number(&device.device) {
+        unmount(&device.name, number, force)?;
+    }
     client::ask(directories, &Request::Remove { name: device.name.clone(), force }, client::ANSWER_MARGIN)?;
     root.forget()
 }
@@ -116,17 +133,29 @@ fn start_daemon_for_records(global: &Global, directories: &Directories) -> anyho
     Ok(())
 }
 
-fn unmount(device: &DeviceStatus, force: bool) -> anyhow::Result<()> {
-    // A device whose node is gone has no mounts that could be undone.
-    let Ok(number) = mounts::device_number(&device.device) else { return Ok(()) };
+/// What dm-verity has made over a device.
+fn mapped_over(device: &DeviceStatus) -> anyhow::Result<Option<Mapped>> {
+    Ok(if device.verity.is_some() { verity::find(&device.name)? } else { None })
+}
+
+/// Unmounts the mapped device over the device with this name, and takes it down.
+fn close_mapped(name: &str, force: bool) -> anyhow::Result<()> {
+    if let Some(mapped) = verity::find(name)? {
+        unmount(name, mapped.number, force)?;
+    }
+    // With `force` it goes when the last user does.
+    Ok(verity::close(name, force)?)
+}
+
+fn unmount(name: &str, number: mounts::DeviceNumber, force: bool) -> anyhow::Result<()> {
     let own: Vec<mounts::Mount> = mounts::list()?.into_iter().filter(|mount| mount.device == number).collect();
     if !force {
-        refuse_if_mounted_elsewhere(device, number)?;
+        refuse_if_mounted_elsewhere(name, number)?;
     }
     // Stacked mounts come off last one first.
     for mount in own.iter().rev() {
         if super::mounted_device(&mount.mount_point)? != Some(number) {
-            let (name, place) = (&device.name, mount.mount_point.display());
+            let place = mount.mount_point.display();
             let text = format!("{name} is mounted at {place}, below another mount there: unmount that first");
             return Err(Error::new(ErrorKind::Busy, text).into());
         }
@@ -136,11 +165,10 @@ fn unmount(device: &DeviceStatus, force: bool) -> anyhow::Result<()> {
 }
 
 /// Looks for mounts that unmounting here would not reach, before anything is unmounted.
-fn refuse_if_mounted_elsewhere(device: &DeviceStatus, number: mounts::DeviceNumber) -> anyhow::Result<()> {
+fn refuse_if_mounted_elsewhere(name: &str, number: mounts::DeviceNumber) -> anyhow::Result<()> {
     let Some(other) = propagation::out_of_reach(number)?.into_iter().next() else { return Ok(()) };
     let text = format!(
-        "{} is mounted at {} in the mount namespace of process {}: unmount it there, or use --force",
-        device.name,
+        "{name} is mounted at {} in the mount namespace of process {}: unmount it there, or use --force",
         other.mount_points.first().map_or_else(String::new, |path| path.display().to_string()),
         other.pid
     );

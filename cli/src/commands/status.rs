@@ -1,13 +1,14 @@
 //! `ublkimg status`: one device in detail.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
 use ublkimg_driver::daemon::protocol::{Answer, DeviceStatus, FillMode, Request, StartFigures, Waiting};
 use ublkimg_driver::daemon::{Directories, client};
 use ublkimg_driver::error::{Error, ErrorKind};
-use ublkimg_driver::mounts;
+use ublkimg_driver::{mounts, verity};
 
 use super::ls;
 use crate::args::{Global, Status};
@@ -66,6 +67,7 @@ pub(super) fn device_rows(device: &DeviceStatus) -> Vec<(&'static str, String)> 
         ("device", device.device.display().to_string()),
         ("transport", device.transport.to_string()),
         ("mounts", mounts.join(" ")),
+        ("verity root", device.verity.as_ref().map_or_else(|| "none".to_owned(), |verity| verity.root.clone())),
         ("size", output::bytes(device.size_bytes)),
         ("reads", format!("{} ({})", counters.reads, output::bytes(counters.read_bytes))),
         ("hits", counters.hits.to_string()),
@@ -165,14 +167,20 @@ fn milliseconds(us: u64) -> String {
 /// namespace, counts before what was mounted there once.
 pub(super) fn find(directories: &Directories, target: &str) -> anyhow::Result<DeviceStatus> {
     let devices = ls::list(directories)?.unwrap_or_default();
-    let path = super::resolved(std::path::Path::new(target))?;
+    let path = super::resolved(Path::new(target))?;
     let by_name = || devices.iter().position(|device| device.name == target);
-    let by_path = || devices.iter().position(|device| device.device == path);
+    let is_at = |device: &DeviceStatus| device.device == path || verity::path(&device.name) == Path::new(target);
+    let by_path = || devices.iter().position(is_at);
     let recorded = || devices.iter().position(|device| device.mounts.contains(&path));
     let mounted = super::mounted_device(&path)?;
     let by_mount = || {
         let number = mounted?;
-        devices.iter().position(|device| mounts::device_number(&device.device).is_ok_and(|own| own == number))
+        let is_own = |device: &DeviceStatus| mounts::device_number(&device.device).is_ok_and(|own| own == number);
+        let is_mapped = |device: &DeviceStatus| {
+            device.verity.is_some()
+                && verity::find(&device.name).is_ok_and(|mapped| mapped.is_some_and(|it| it.number == number))
+        };
+        devices.iter().position(is_own).or_else(|| devices.iter().position(is_mapped))
     };
     let found = by_name().or_else(by_path).or_else(by_mount).or_else(recorded);
     found.and_then(|index| devices.into_iter().nth(index)).ok_or_else(|| {

@@ -37,10 +37,10 @@ pub(super) async fn open(
     if have != want {
         return Err(Error::damaged(format!("{have} layers, but {source} has {want}")));
     }
-    let layers = image.manifest.layers.iter().map(|layer| layer.uncompressed_digest);
+    let layers = image.manifest.devices().map(|layer| layer.uncompressed_digest);
     let listed: Vec<Sha256> =
         layers.chain([image.manifest.metadata.uncompressed_digest]).map(|digest| Sha256(digest.0)).collect();
-    if original.config.converted(&listed) != config {
+    if original.config.converted(&listed, image.manifest.verity.is_some()) != config {
         return Err(Error::damaged(format!("its config is not that of {source}")));
     }
     Ok(original.layers)

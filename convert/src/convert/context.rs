@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::Options;
 use crate::destination::Destination;
 use crate::error::{Error, ErrorKind, Result};
+use crate::frames::Compress;
 use crate::progress::{Progress, Task};
 use crate::reuse::Reuse;
 
@@ -42,6 +43,11 @@ impl Context {
         progress: Arc<dyn Progress>,
     ) -> Self {
         Self { options, destination, source_repository, reuse, settings, progress, cancelled: Arc::default() }
+    }
+
+    /// How chunks are compressed.
+    pub(super) fn compress(&self) -> Compress {
+        Compress { level: self.options.level, threads: self.options.threads }
     }
 
     pub(super) fn check_cancelled(&self) -> Result<()> {

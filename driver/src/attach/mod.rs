@@ -32,6 +32,7 @@ use crate::image::{ServedBlob, ServedImage, local};
 use crate::memory::Share;
 use crate::start_events::{FetchClass, Get, Mark};
 use crate::store::{HeldObject, Store};
+use crate::verity::VerityTable;
 
 mod known;
 mod plan;
@@ -87,6 +88,8 @@ pub struct LoadedImage {
     pub manifest: ErofsManifest,
     /// What it is started with.
     pub profile: Option<LoadedProfile>,
+    /// What the kernel needs to check it, if it has a tree.
+    pub verity: Option<VerityTable>,
 }
 
 /// Attaches the image that `location` names now. Runs on any tokio runtime.
@@ -382,9 +385,9 @@ impl<'a> Attaching<'a> {
             source: self.source(digest, &blob.index),
             entries: blob.entries.clone(),
         };
-        let new = prepared.blobs.iter().zip(manifest.layers.iter().map(|layer| layer.digest)).map(new_blob).collect();
+        let new = prepared.blobs.iter().zip(manifest.devices().map(|blob| blob.digest)).map(new_blob).collect();
         let added = self.attachment.engine.add_blobs(self.attachment.image, new).await?;
-        let blobs = prepared.blobs.into_iter().zip(added).zip(&manifest.layers);
+        let blobs = prepared.blobs.into_iter().zip(added).zip(manifest.devices());
         let layer = |((blob, added), layer): ((PreparedBlob, AddedBlob), &LayerRef)| PlannedLayer {
             digest: Sha256(layer.digest.0),
             key: added.key,
@@ -407,8 +410,10 @@ impl<'a> Attaching<'a> {
         self.attachment.hold(std::mem::take(self.held.get_mut()));
         let metadata = Arc::new(prepared.metadata);
         let (counters, attachment) = (Arc::clone(&self.counters), Some(self.attachment));
-        let image = ServedImage::new(metadata, prepared.metadata_blocks, blobs, hot, counters, attachment)?;
-        Ok(LoadedImage { image: Arc::new(image), manifest_digest, manifest, profile: loaded })
+        let verity = VerityTable::of(&manifest, &prepared.map);
+        let layers = manifest.layers.len();
+        let image = ServedImage::new(metadata, prepared.map, layers, blobs, hot, counters, attachment);
+        Ok(LoadedImage { image: Arc::new(image), manifest_digest, manifest, profile: loaded, verity })
     }
 
     /// This image's repository as a source of a blob's chunks.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
+use ublkimg_image::verity::{TREE_TAG, TreeShape};
 use ublkimg_image::zstd_frame::skippable_payload;
 use ublkimg_image::{
     BLOCK_SIZE, Bundle, BundledLayer, ChunkIndex, DeviceMap, Geometry, Sha256, SkippableKind, flat_block0,
@@ -26,15 +27,16 @@ const COMPARE_BYTES: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct CheckedImage {
     metadata: std::fs::File,
-    metadata_blocks: u32,
-    layers: Vec<BundledLayer>,
+    map: DeviceMap,
+    /// Those of the device table.
+    blobs: Vec<BundledLayer>,
     kept: Share,
 }
 
 /// A checked image with all its files open.
 pub(super) struct Prepared {
     pub(super) metadata: std::fs::File,
-    pub(super) metadata_blocks: u32,
+    pub(super) map: DeviceMap,
     pub(super) blobs: Vec<PreparedBlob>,
     /// The memory of their indexes.
     pub(super) kept: Share,
@@ -57,27 +59,28 @@ impl CheckedImage {
         let bundle = part(blob, manifest.metadata.bundle_range.clone()).ok_or_else(|| corrupt("too short"))?;
         let bundle = skippable_payload(SkippableKind::Ublkimg, bundle).and_then(Bundle::decode);
         let bundle = bundle.map_err(|error| bad_format(digest, error))?;
-        check_bundle(&bundle, &manifest.layers)?;
+        check_bundle(&bundle, manifest)?;
         let kept = room_for(store, &bundle)?;
         let mut metadata = decode_metadata(frames).map_err(|error| {
             Error::caused(ErrorKind::Corrupt, format!("metadata blob {digest} does not decode"), error)
         })?;
         let geometry = read_geometry(&metadata).map_err(|error| bad_format(digest, error))?;
-        check_geometry(&geometry, &bundle, digest)?;
+        check_geometry(&geometry, &bundle, manifest)?;
         let blob_blocks: Vec<u32> = geometry.devices.iter().map(|device| device.blocks).collect();
         let map = DeviceMap::new(geometry.metadata_blocks, &blob_blocks);
-        let total_blocks = map.map_err(|error| bad_format(digest, error))?.total_blocks();
+        let map = map.map_err(|error| bad_format(digest, error))?;
         let block0 = metadata.first_chunk_mut::<BLOCK_SIZE>().ok_or_else(|| corrupt("empty"))?;
-        *block0 = flat_block0(block0, total_blocks).map_err(|error| bad_format(digest, error))?;
+        let blocks = file_system_blocks(&map, &bundle, manifest)?;
+        *block0 = flat_block0(block0, blocks).map_err(|error| bad_format(digest, error))?;
         let metadata = open_metadata(store, Sha256(digest.0), &metadata)?;
-        Ok(Self { metadata, metadata_blocks: geometry.metadata_blocks, layers: bundle.layers, kept })
+        Ok(Self { metadata, map, blobs: bundle.layers, kept })
     }
 
     /// Opens the blob files. For the owner of the store.
     pub(super) fn open(self, store: &Store, manifest: &ErofsManifest) -> Result<Prepared> {
-        let blobs = self.layers.into_iter().zip(&manifest.layers);
+        let blobs = self.blobs.into_iter().zip(manifest.devices());
         let blobs = blobs.map(|(bundled, layer)| PreparedBlob::open(store, bundled, layer)).collect::<Result<_>>()?;
-        Ok(Prepared { metadata: self.metadata, metadata_blocks: self.metadata_blocks, blobs, kept: self.kept })
+        Ok(Prepared { metadata: self.metadata, map: self.map, blobs, kept: self.kept })
     }
 }
 
@@ -91,12 +94,13 @@ impl PreparedBlob {
 }
 
 /// The bundle must be about the blobs that the manifest lists, and each index the one that the manifest vouches for.
-fn check_bundle(bundle: &Bundle, layers: &[LayerRef]) -> Result<()> {
-    if bundle.layers.len() != layers.len() {
-        let what = format!("the bundle has {} layers, the manifest {}", bundle.layers.len(), layers.len());
+fn check_bundle(bundle: &Bundle, manifest: &ErofsManifest) -> Result<()> {
+    let (have, want) = (bundle.layers.len(), manifest.devices().count());
+    if have != want {
+        let what = format!("the bundle has {have} layers, the manifest {want}");
         return Err(Error::new(ErrorKind::Corrupt, what));
     }
-    for (bundled, layer) in bundle.layers.iter().zip(layers) {
+    for (bundled, layer) in bundle.layers.iter().zip(manifest.devices()) {
         let index_start = bundled.index.section_offset_bytes();
         let same = bundled.digest.0 == layer.digest.0
             && bundled.blob_len_bytes == layer.size_bytes
@@ -111,13 +115,27 @@ fn check_bundle(bundle: &Bundle, layers: &[LayerRef]) -> Result<()> {
 }
 
 /// The device table must be about the same blobs with the same lengths.
-fn check_geometry(geometry: &Geometry, bundle: &Bundle, digest: Digest) -> Result<()> {
+fn check_geometry(geometry: &Geometry, bundle: &Bundle, manifest: &ErofsManifest) -> Result<()> {
     let devices = geometry.devices.iter().map(|device| (device.tag, device.blocks));
-    let layers = bundle.layers.iter().map(|layer| (layer.digest, layer.index.raw_len_blocks()));
-    if devices.eq(layers) {
+    let layers = manifest.layers.iter().map(|layer| Sha256(layer.digest.0));
+    let tags = layers.chain(manifest.verity.as_ref().map(|_| TREE_TAG));
+    if devices.eq(tags.zip(bundle.layers.iter().map(|layer| layer.index.raw_len_blocks()))) {
         return Ok(());
     }
+    let digest = manifest.metadata.digest;
     let what = format!("metadata blob {digest}: its device table does not fit the layer blobs");
+    Err(Error::new(ErrorKind::Corrupt, what))
+}
+
+/// Length of the file system: all of the device, or all that a verity tree is over.
+fn file_system_blocks(map: &DeviceMap, bundle: &Bundle, manifest: &ErofsManifest) -> Result<u32> {
+    let Some(tree) = bundle.layers.get(manifest.layers.len()) else { return Ok(map.total_blocks()) };
+    let covered_blocks = map.end_of(manifest.layers.len());
+    let (have, want) = (tree.index.raw_len_blocks(), TreeShape::new(covered_blocks).total_blocks());
+    if have == want {
+        return Ok(covered_blocks);
+    }
+    let what = format!("verity tree {}: {have} blocks, one over this device has {want}", tree.digest);
     Err(Error::new(ErrorKind::Corrupt, what))
 }
 

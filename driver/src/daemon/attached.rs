@@ -12,6 +12,7 @@ use super::state::DeviceRecord;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{BLOCK_SIZE_BYTES, ServedImage};
+use crate::verity::VerityTable;
 
 /// A device, what it serves, and what is written down of it.
 pub(super) struct Attached {
@@ -19,6 +20,7 @@ pub(super) struct Attached {
     pub(super) device: Device,
     pub(super) image: Arc<ServedImage>,
     pub(super) start: Starting,
+    pub(super) verity: Option<VerityTable>,
 }
 
 impl Attached {
@@ -40,6 +42,7 @@ impl Attached {
             layer_bytes,
             metadata_bytes: self.image.metadata_bytes(),
             waiting: self.image.waiting(),
+            verity: self.verity.clone(),
         }
     }
 }

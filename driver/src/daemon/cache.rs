@@ -122,7 +122,7 @@ fn holding(store: &Store, record: &DeviceRecord) -> Result<Holding> {
     let (mut objects, mut blobs) = (BTreeSet::from([manifest]), BTreeSet::new());
     if let Some(Ok(of_image)) = store.object(manifest)?.map(|bytes| ErofsManifest::parse(&bytes)) {
         objects.insert(Sha256(of_image.metadata.digest.0));
-        blobs.extend(of_image.layers.iter().map(|layer| Sha256(layer.index_digest.0)));
+        blobs.extend(of_image.devices().map(|blob| Sha256(blob.index_digest.0)));
     }
     if let Some(profile) = &record.profile {
         objects.insert(digest(&profile.trace)?);

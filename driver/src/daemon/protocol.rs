@@ -15,6 +15,7 @@ pub use crate::outage::Waiting;
 use crate::pull::{Pull, Pulled};
 use crate::start_events::StartEvent;
 pub use crate::store::{Checked, Limits, Room, Usage};
+use crate::verity::VerityTable;
 
 /// A request line may have this many bytes: a command of 128 KiB, each byte escaped, a few paths of at most 4 KiB each and
 /// the names around them.
@@ -235,6 +236,9 @@ pub struct AddRequest {
     /// Reads wait for ever instead.
     #[serde(default)]
     pub holds_reads: bool,
+    /// Refused unless the image has a verity tree, which the caller sets up.
+    #[serde(default)]
+    pub verity: bool,
     /// How the image is started.
     pub start: StartOptions,
 }
@@ -371,4 +375,6 @@ pub struct DeviceStatus {
     pub metadata_bytes: u64,
     /// What waits for its registry.
     pub waiting: Option<Waiting>,
+    /// What dm-verity needs over it, if its image has a tree.
+    pub verity: Option<VerityTable>,
 }

@@ -132,7 +132,8 @@ async fn recover_one(server: &Arc<Server>, record: DeviceRecord, known: Option<K
     let served = Arc::clone(&image);
     let device = blocking(move || Prepared::recover(served, id)?.start()).await?;
     start.give_window(&record.name, device.path());
-    server.attached.lock().insert(record.name.clone(), Attached { record, device, image, start });
+    let verity = loaded.verity;
+    server.attached.lock().insert(record.name.clone(), Attached { record, device, image, start, verity });
     Ok(true)
 }
 

@@ -34,6 +34,7 @@ use crate::pull::Pulled;
 use crate::recorder::recover_logs;
 use crate::start_events::Mark;
 use crate::store::{Limits, Store};
+use crate::verity::VerityTable;
 use crate::{capabilities, kept_chunks, kernel, namespace};
 
 /// How long a read waits that is not to fail: longer than machines live.
@@ -254,6 +255,7 @@ impl Server {
         }
         if let Some(attached) = self.attached.lock().get(&name) {
             if attached.record.reference == request.reference {
+                check_verity(request.verity, attached.verity.as_ref(), &request.reference)?;
                 return Ok(Answer::Added { device: Box::new(attached.status()), created: false });
             }
             let text = format!("{name} serves {} already: give another --name", attached.record.reference);
@@ -269,6 +271,7 @@ impl Server {
         options.profile = source(&request.start.profile)?;
         options.command = command(&request.start.command);
         let loaded = attach(&self.store, &self.engine, &location, &options).await?;
+        check_verity(request.verity, loaded.verity.as_ref(), &request.reference)?;
         descriptors::check_room()?;
         let record = DeviceRecord {
             name,
@@ -302,7 +305,7 @@ impl Server {
     /// Makes the device: record first, so that a server that dies here is succeeded by one that knows of it.
     fn start(&self, loaded: LoadedImage, mut record: DeviceRecord, queue: QueueOptions) -> Result<Attached> {
         let mut start = starting(&loaded, &record);
-        let image = loaded.image;
+        let (image, verity) = (loaded.image, loaded.verity);
         let fuse_directory = self.directories.fuse().join(&record.name);
         let prepared = Prepared::new(record.transport, Arc::clone(&image), queue, &fuse_directory)?;
         record.ublk_id = prepared.ublk_id();
@@ -310,7 +313,7 @@ impl Server {
         match prepared.start() {
             Ok(device) => {
                 start.begin(&self.store, &record.name, device.path());
-                Ok(Attached { record, device, image, start })
+                Ok(Attached { record, device, image, start, verity })
             }
             Err(error) => {
                 if let Err(error) = self.records.remove(&record.name) {
@@ -350,7 +353,7 @@ impl Server {
     }
 
     fn stop_device(&self, attached: Attached, force: bool) -> Result<()> {
-        let Attached { record, device, image, mut start } = attached;
+        let Attached { record, device, image, mut start, .. } = attached;
         let stopped = device.stop();
         if let Some(recorder) = start.take_recorder()
             && let Err(error) = recorder.stop()
@@ -483,6 +486,14 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
 
 fn flatten<T>(joined: std::result::Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
     joined.unwrap_or_else(|error| Err(Error::caused(ErrorKind::Internal, "a task of the daemon died", error)))
+}
+
+fn check_verity(wanted: bool, table: Option<&VerityTable>, reference: &str) -> Result<()> {
+    if !wanted || table.is_some() {
+        return Ok(());
+    }
+    let text = format!("{reference} has no dm-verity tree: convert it with `ublkimg convert --verity`");
+    Err(Error::new(ErrorKind::NotOurs, text))
 }
 
 pub(super) fn no_device(name: &str) -> Error {

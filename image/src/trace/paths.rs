@@ -6,6 +6,7 @@
 use super::files::file_extents;
 use super::{ENTRY_BLOCKS_MAX, PART, TRACE_ENTRIES_MAX, Trace, TraceEntry, TraceHeader, coalesce, distinct_blobs};
 use crate::tree::{Kind, NodeId};
+use crate::verity::TREE_TAG;
 use crate::{BLOCK_SIZE, Error, FileData, Geometry, Result, Sha256, Tree};
 
 /// Most symbolic links on the way to one file: as Linux has it.
@@ -57,7 +58,9 @@ pub fn from_paths(
     manifest: Sha256,
     command: Vec<String>,
 ) -> Result<PathTrace> {
-    let (blobs, blob_of) = distinct_blobs(geometry.devices.iter().map(|device| device.tag));
+    let (mut blobs, blob_of) = distinct_blobs(geometry.devices.iter().map(|device| device.tag));
+    // No file lies there; one that says so makes a trace that is refused below.
+    blobs.retain(|blob| *blob != TREE_TAG);
     let mut entries = Vec::new();
     let mut skipped = Vec::new();
     for (line, text) in (1..).zip(list.lines()) {

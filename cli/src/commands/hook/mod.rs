@@ -172,6 +172,7 @@ impl Call<'_> {
             attach_timeout_ms: add::milliseconds(self.command.timeout),
             read_timeout_ms: add::milliseconds(self.command.io_timeout),
             holds_reads: false,
+            verity: false,
             start: StartOptions { fill: FillMode::Off, record: true, ..StartOptions::default() },
         })
     }

@@ -22,6 +22,8 @@ struct Report {
     manifest: String,
     metadata: Blob,
     layers: Vec<Blob>,
+    /// Of the dm-verity tree, if there is one.
+    verity_root: Option<String>,
     /// Those that the index lists.
     profiles: Vec<Profile>,
     /// Of the layers.
@@ -80,6 +82,9 @@ fn print(report: &Report) -> anyhow::Result<()> {
         output::bytes(contents.file_bytes),
         output::bytes(contents.shared_bytes),
     ))?;
+    if let Some(root) = &report.verity_root {
+        output::line(&format!("verity root {root}"))?;
+    }
     let rows: Vec<[String; 5]> = std::iter::once(row("metadata", &report.metadata))
         .chain(report.layers.iter().map(|blob| row("layer", blob)))
         .collect();
@@ -167,6 +172,7 @@ fn report(reference: String, image: &StoredImage, largest: usize) -> anyhow::Res
         contents: Contents::of(&image.metadata, largest)?,
         metadata,
         layers,
+        verity_root: image.manifest.verity.as_ref().map(|verity| verity.root.to_string()),
         profiles: profiles.collect(),
     })
 }

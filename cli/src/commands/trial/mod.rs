@@ -59,6 +59,7 @@ pub(super) fn request(
         attach_timeout_ms: add::milliseconds(ATTACH_TIMEOUT),
         read_timeout_ms: add::milliseconds(READ_TIMEOUT),
         holds_reads: false,
+        verity: false,
         start,
     })
 }

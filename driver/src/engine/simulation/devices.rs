@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
-use ublkimg_image::{BLOCK_SIZE, TAIL_BLOCKS};
+use ublkimg_image::{BLOCK_SIZE, DeviceMap, TAIL_BLOCKS};
 use ublkimg_scheduler::{BlobKind, ChunkKey, FillMode, ImageKey, PlanEntry};
 
 use super::super::{Attachment, Control, NewBlob, NewImage, entries};
@@ -123,6 +123,7 @@ impl Life {
             Attachment { engine: self.handle.clone(), image: key, trusts_plan, kept: Vec::new(), held: Vec::new() };
         let image = &self.host.images[which];
         let blobs = self.host.layers[which].map(|layer| &self.host.blobs[layer].1);
+        let blob_blocks = blobs.map(|index| index.raw_len_blocks());
         let files = blobs.map(|index| self.store.blob(index.digest(), index.raw_len_blocks()).unwrap());
         let new_blob = |at: usize| NewBlob {
             kind: BlobKind::Layer,
@@ -155,7 +156,8 @@ impl Life {
         let metadata = tempfile::tempfile_in("/dev/shm").or_else(|_| tempfile::tempfile()).unwrap();
         metadata.write_all_at(&image.device[..metadata_blocks as usize * BLOCK_SIZE], 0).unwrap();
         let (metadata, blobs) = (Arc::new(metadata), served.collect());
-        let image = ServedImage::new(metadata, metadata_blocks, blobs, None, counters, Some(attachment)).unwrap();
+        let map = DeviceMap::new(metadata_blocks, &blob_blocks).unwrap();
+        let image = ServedImage::new(metadata, map, blob_blocks.len(), blobs, None, counters, Some(attachment));
         let port = CompletionPort::new(READERS).unwrap();
         rustix::fs::fcntl_setfl(port.event(), rustix::fs::OFlags::NONBLOCK).unwrap();
         let mark = RefCell::new(image.reader(move || super::end_linked_reads(which)).unwrap());
