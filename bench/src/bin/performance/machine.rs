@@ -19,6 +19,7 @@ pub(crate) struct Machine {
     pub(crate) work: PathBuf,
     /// What is measured.
     program: PathBuf,
+    transport: &'static str,
     /// The directory of the programs that measure.
     pub(crate) bin: PathBuf,
     /// OCI layout with the converted images as tags.
@@ -33,13 +34,23 @@ impl Machine {
     pub(crate) fn new(
         work: PathBuf,
         program: Option<PathBuf>,
+        transport: &'static str,
         images: PathBuf,
         tree: (PathBuf, String),
         rounds: usize,
     ) -> Result<Self> {
         let bin = std::env::current_exe()?.parent().context("a program without a directory")?.to_owned();
         let program = program.unwrap_or_else(|| bin.join("ublkimg"));
-        Ok(Self { registry: TestRegistry::start(Config::default())?, work, program, bin, images, tree, rounds })
+        Ok(Self {
+            registry: TestRegistry::start(Config::default())?,
+            work,
+            program,
+            transport,
+            bin,
+            images,
+            tree,
+            rounds,
+        })
     }
 
     /// Puts a converted image into the registry; gives its reference by tag and by the digest of its manifest.
@@ -61,7 +72,7 @@ impl Machine {
         }
         std::fs::create_dir_all(dir.join("store"))?;
         let ublkimg = Ublkimg { program: self.program.clone(), root: dir.join("store"), run_dir: dir.join("run") };
-        Ok(Host { dir, ublkimg })
+        Ok(Host { dir, transport: self.transport, ublkimg })
     }
 
     /// Nothing in the page cache that can be had again.
@@ -74,6 +85,7 @@ impl Machine {
 /// A host; its devices are removed and its daemon ends with it.
 pub(crate) struct Host {
     pub(crate) dir: PathBuf,
+    transport: &'static str,
     pub(crate) ublkimg: Ublkimg,
 }
 
@@ -82,8 +94,18 @@ impl Host {
     pub(crate) fn add(&self, reference: &str, name: &str, options: &[&str]) -> Result<PathBuf> {
         let mount = self.mounted(name);
         let mount = mount.to_str().context("a path that is not UTF-8")?;
-        let mut all =
-            vec!["add", reference, "--name", name, "--mount", mount, "--transport", "ublk", "--profile", "none"];
+        let mut all = vec![
+            "add",
+            reference,
+            "--name",
+            name,
+            "--mount",
+            mount,
+            "--transport",
+            self.transport,
+            "--profile",
+            "none",
+        ];
         all.extend(["--no-record"].iter().chain(options));
         let said = self.ublkimg.call(&all)?;
         let (device, _) = said.split_once(' ').with_context(|| format!("add printed {said:?}"))?;

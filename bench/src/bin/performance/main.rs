@@ -37,6 +37,29 @@ enum Group {
     Devices,
 }
 
+/// How the kernel reaches a device's server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Transport {
+    /// A ublk device
+    Ublk,
+    /// A loop device over a file of a FUSE file system: on a host without ublk, which has processors of its own for the registry
+    Fuse,
+}
+
+impl Transport {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ublk => "ublk",
+            Self::Fuse => "fuse",
+        }
+    }
+
+    /// Without ublk there is neither a null target nor the limit on devices.
+    fn measures(self, group: Group) -> bool {
+        self == Self::Ublk || !matches!(group, Group::Hits | Group::Devices)
+    }
+}
+
 /// Measures devices, and compares.
 #[derive(Debug, Parser)]
 struct Arguments {
@@ -61,6 +84,9 @@ struct Arguments {
     /// A directory for this run; what is in it is deleted
     #[arg(long, default_value = "target/bench/run", value_name = "DIR")]
     work: PathBuf,
+    /// What devices are made with; with `fuse` there are only those groups that compare with nothing else
+    #[arg(long, value_enum, default_value_t = Transport::Ublk)]
+    transport: Transport,
     /// More options for every `ublkimg add`, separated by blanks
     #[arg(long, default_value = "", value_name = "OPTIONS", allow_hyphen_values = true)]
     add: String,
@@ -84,16 +110,20 @@ fn run(arguments: &Arguments) -> Result<()> {
         return inputs::prepare(&arguments.images, &std::env::current_exe()?.with_file_name("ublkimg"));
     }
     ensure!(rustix::process::geteuid().is_root(), "devices and mounts need root");
-    ensure!(std::fs::exists("/dev/ublk-control")?, "this kernel has no ublk: `modprobe ublk_drv`, or `make bench`");
+    if arguments.transport == Transport::Ublk {
+        let hint = "`modprobe ublk_drv`, or `make bench`, or --transport fuse";
+        ensure!(std::fs::exists("/dev/ublk-control")?, "this kernel has no ublk: {hint}");
+    }
     let (dir, tag) = arguments.tree.rsplit_once(':').context("--tree wants DIR:TAG")?;
     std::fs::create_dir_all(&arguments.work)?;
     let work = arguments.work.canonicalize()?;
     let tree = (PathBuf::from(dir), tag.to_owned());
     let (images, rounds) = (arguments.images.join("erofs"), usize::from(arguments.rounds));
-    let machine = Machine::new(work.clone(), arguments.ublkimg.clone(), images, tree, rounds)?;
+    let program = arguments.ublkimg.clone();
+    let machine = Machine::new(work.clone(), program, arguments.transport.name(), images, tree, rounds)?;
     let options: Vec<&str> = arguments.add.split_whitespace().collect();
     let mut rows: Vec<Row> = Vec::new();
-    for group in &arguments.groups {
+    for group in arguments.groups.iter().filter(|group| arguments.transport.measures(**group)) {
         eprintln!("performance: {group:?}");
         let measured = match group {
             Group::Hits => hits::measure(&machine, &options),
