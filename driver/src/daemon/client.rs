@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often a daemon that is starting is asked whether it is there.
-const START_POLL: Duration = Duration::from_millis(20);
+const START_POLL: Duration = Duration::from_millis(2);
 
 /// What is read of a log to find out why a daemon ended.
 const LOG_READ_BYTES_MAX: u64 = 64 << 10;

@@ -1,11 +1,11 @@
 //! Device records: what a server that is started again must know to take its devices back.
 //!
-//! One JSON file a device under `<root>/devices`, written to a temporary name, synced and renamed before the device
-//! starts, removed after it is gone. The kernel keeps none of this. Records hold no secrets: credentials are read again
-//! from where they came.
+//! One JSON file a device under `<root>/devices`, written to a temporary name and renamed before the device starts, removed
+//! after it is gone. The kernel keeps none of this. Nobody waits for the disk: after a power cut there is no device whose
+//! record could be missed, and an empty file that is left of one is removed. Records hold no secrets: credentials are read
+//! again from where they came.
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -73,7 +73,7 @@ impl Records {
         self.directory.join(format!("{name}.json"))
     }
 
-    /// Writes or replaces a record; when it returns the record survives a power cut.
+    /// Writes or replaces a record; when it returns the record survives this process.
     ///
     /// # Errors
     /// [`ErrorKind::Io`] or [`ErrorKind::NoSpace`], naming the file.
@@ -82,13 +82,7 @@ impl Records {
         let temporary = self.directory.join(format!(".{}.new", record.name));
         let bytes = serde_json::to_vec_pretty(record)
             .map_err(|error| Error::caused(ErrorKind::Internal, format!("record of {}", record.name), error))?;
-        let written = (|| {
-            let mut file = fs::File::create(&temporary)?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            fs::File::open(&self.directory)?.sync_all()
-        })();
+        let written = fs::write(&temporary, &bytes).and_then(|()| fs::rename(&temporary, &path));
         written.map_err(|error| {
             let _ = fs::remove_file(&temporary);
             Error::io(format!("cannot write {}", path.display()), error)
@@ -109,7 +103,8 @@ impl Records {
         }
     }
 
-    /// All records, by name. A file that cannot be read as a record is reported in the log and left alone.
+    /// All records, by name. A file that cannot be read as a record is reported in the log and left alone; an empty one is
+    /// what a power cut left, and removed.
     ///
     /// # Errors
     /// [`ErrorKind::Io`] if the directory cannot be listed; one that does not exist has no records.
@@ -124,6 +119,11 @@ impl Records {
             let entry = entry.map_err(|error| Error::io(format!("cannot list {}", self.directory.display()), error))?;
             let path = entry.path();
             if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            if entry.metadata().is_ok_and(|metadata| metadata.len() == 0) {
+                tracing::warn!(path = %path.display(), "an empty device record is removed: the power was cut");
+                let _ = fs::remove_file(&path);
                 continue;
             }
             match read_record(&path) {
@@ -206,10 +206,12 @@ mod tests {
         fs::write(dir.path().join("cut.json"), &bytes[..bytes.len() / 2]).unwrap();
         fs::write(dir.path().join("other.json"), &bytes).unwrap();
         fs::write(dir.path().join(".x.new"), b"").unwrap();
+        fs::write(dir.path().join("empty.json"), b"").unwrap();
         let fault = FaultRow::begins("a device record that was cut short");
         let names: Vec<_> = records.read_all().unwrap().into_iter().map(|r| r.name).collect();
         fault.ends("reported, left alone");
         assert_eq!(names, ["good"]);
+        assert!(!dir.path().join("empty.json").exists());
     }
 
     #[test]

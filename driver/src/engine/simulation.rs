@@ -115,7 +115,7 @@ impl Life {
         let (controls, controlled) = unbounded();
         let (progress, progressed) = unbounded();
         journal::set_trouble(before.host.root.path(), None);
-        let store = Store::open(before.host.root.path()).expect("the killed daemon let go of its store");
+        let store = before.open_store();
         for ((_, index), stored) in before.host.blobs.iter().zip(before.stored.take()) {
             let file = store.blob(index.digest(), index.raw_len_blocks()).unwrap();
             let lost = stored.into_iter().find(|block| !file.holds(*block..*block + 1));
@@ -137,7 +137,7 @@ impl Life {
             clock_ms: Arc::clone(&before.clock_ms),
             fault_ms: Rc::clone(&before.fault_ms),
             has_faults,
-            store: Arc::new(store),
+            store,
             engine: RefCell::new(EngineThread::new(world, places)),
             handle: EngineHandle { demands, touches, controls, next_image: Arc::default() },
             inbox: Inbox { demanded, touched, controlled, progressed },
@@ -323,6 +323,22 @@ struct Past {
     fault_ms: Rc<Cell<u64>>,
     /// What the last life had in its store: of each layer, its blocks.
     stored: RefCell<Vec<Vec<u32>>>,
+}
+
+impl Past {
+    /// The store of the next life. A program that another test starts at the moment has our open files until it runs, and so
+    /// the lock of a store that is closed.
+    fn open_store(&self) -> Arc<Store> {
+        for _ in 0..500 {
+            match Store::open(self.host.root.path()) {
+                Err(error) if error.kind() == ErrorKind::Busy => {
+                    std::thread::sleep(std::time::Duration::from_millis(10))
+                }
+                opened => return Arc::new(opened.unwrap()),
+            }
+        }
+        panic!("the killed daemon did not let go of its store");
+    }
 }
 
 /// Lives of a daemon with this seed; what happened last.

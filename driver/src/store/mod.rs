@@ -29,11 +29,12 @@ mod sums;
 #[cfg(test)]
 mod tests;
 mod traces;
+mod unsynced;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::thread::JoinHandle;
@@ -53,16 +54,17 @@ pub(crate) use self::evictions::Reader;
 pub(crate) use self::held::HeldObject;
 use self::held::HeldObjects;
 
-use self::layout::Layout;
+use self::layout::{Layout, replace_file};
 pub use self::objects::OBJECT_BYTES_MAX;
 use self::overflow::Overflow;
 pub use self::pins::Holding;
 pub use self::space::{Checked, Limits, Room, Usage};
 pub use self::traces::TRACE_BYTES_MAX;
+use self::unsynced::Unsynced;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
 
-/// How long written blocks may wait for their sync: what a power cut makes the store forget. Long enough that a
+/// How long written blocks and small files may wait for their sync: what a power cut makes the store forget. Long enough that a
 /// start-up's writes share a few syncs.
 const SYNC_DELAY: Duration = Duration::from_secs(2);
 
@@ -77,6 +79,7 @@ pub struct Store {
     boot_id: BootId,
     shared: Shared,
     blobs: Arc<OpenBlobs>,
+    unsynced: Arc<Unsynced>,
     held: HeldObjects,
     memory: Memory,
     /// Disconnected to stop the sync thread.
@@ -130,8 +133,9 @@ impl Store {
         let (wake_sync, woken) = bounded(1);
         let (stop_sync, stopped) = bounded(0);
         let thread = std::thread::Builder::new().name("store-sync".to_owned());
-        let of_thread = Arc::clone(&blobs);
-        let sync_thread = thread.spawn(move || sync_loop(&of_thread, &woken, &stopped));
+        let unsynced = Arc::<Unsynced>::default();
+        let (of_thread, small) = (Arc::clone(&blobs), Arc::clone(&unsynced));
+        let sync_thread = thread.spawn(move || sync_loop(&of_thread, &small, &woken, &stopped));
         let sync_thread = sync_thread.map_err(|error| Error::io("start the store's sync thread", error))?;
         Ok(Self {
             layout,
@@ -146,6 +150,7 @@ impl Store {
                 clock_s,
             },
             blobs,
+            unsynced,
             held: HeldObjects::default(),
             memory: Memory::default(),
             stop_sync: Some(stop_sync),
@@ -190,9 +195,17 @@ impl Store {
     /// Makes durable what was written so far.
     ///
     /// # Errors
-    /// The first of the blob files' errors; see [`Store::blob`].
+    /// The first of the files' errors; see [`Store::blob`].
     pub fn sync(&self) -> Result<()> {
-        sync_blobs(&self.blobs)
+        sync_all(&self.blobs, &self.unsynced)
+    }
+
+    /// Writes a small file, whole or not at all; a moment later it is on the disk too.
+    fn replace_and_sync_later(&self, path: PathBuf, parts: &[&[u8]]) -> Result<()> {
+        replace_file(&path, false, parts)?;
+        self.unsynced.note(path);
+        let _ = self.shared.wake_sync.try_send(());
+        Ok(())
     }
 }
 
@@ -225,13 +238,13 @@ fn take_lock(layout: &Layout, file: &File) -> Result<()> {
 }
 
 /// Syncs a while after it was woken, and a last time when the store is closed.
-fn sync_loop(blobs: &OpenBlobs, woken: &Receiver<()>, stopped: &Receiver<()>) {
+fn sync_loop(blobs: &OpenBlobs, unsynced: &Unsynced, woken: &Receiver<()>, stopped: &Receiver<()>) {
     loop {
         let stopping = crossbeam::select! {
             recv(woken) -> _ => stopped.recv_timeout(SYNC_DELAY) != Err(RecvTimeoutError::Timeout),
             recv(stopped) -> _ => true,
         };
-        if let Err(error) = sync_blobs(blobs) {
+        if let Err(error) = sync_all(blobs, unsynced) {
             tracing::warn!("store: what was fetched may be forgotten at a power cut: {}", error.chain());
         }
         if stopping {
@@ -241,10 +254,10 @@ fn sync_loop(blobs: &OpenBlobs, woken: &Receiver<()>, stopped: &Receiver<()>) {
     }
 }
 
-fn sync_blobs(blobs: &OpenBlobs) -> Result<()> {
+fn sync_all(blobs: &OpenBlobs, unsynced: &Unsynced) -> Result<()> {
+    let mut outcome = unsynced.sync();
     // Not under the lock: a sync takes as long as the disk does.
     let dirty: Vec<_> = blobs.lock().values().filter(|blob| blob.is_dirty()).map(Arc::clone).collect();
-    let mut outcome = Ok(());
     for blob in dirty {
         outcome = outcome.and(blob.sync());
     }

@@ -10,7 +10,6 @@ use ublkimg_image::Sha256;
 
 use super::Store;
 use super::disk;
-use super::layout::replace_file;
 use super::objects::open_if_there;
 use crate::attach::KeptProfile;
 use crate::error::{Error, ErrorKind, Result};
@@ -33,7 +32,7 @@ pub struct KnownName {
 }
 
 impl Store {
-    /// Keeps what a name means, in place of what it meant before.
+    /// Keeps what a name means, in place of what it meant before; durable as [`Store::put_object`].
     ///
     /// # Errors
     /// `Io` and `NoSpace`.
@@ -41,7 +40,7 @@ impl Store {
         let path = self.layout.name(Sha256::of(known.reference.as_bytes()));
         let bytes = serde_json::to_vec_pretty(known);
         let bytes = bytes.map_err(|error| Error::caused(ErrorKind::Internal, "write a name as JSON", error))?;
-        replace_file(&path, true, &[&bytes])?;
+        self.replace_and_sync_later(path, &[&bytes])?;
         self.forget_old_names()
     }
 

@@ -10,7 +10,6 @@ use std::path::Path;
 use ublkimg_image::Sha256;
 use ublkimg_registry::erofs_manifest::METADATA_BYTES_MAX;
 
-use super::layout::replace_file;
 use super::{HeldObject, Store};
 use crate::error::{Error, Result};
 
@@ -23,12 +22,16 @@ impl Store {
         self.held.hold(digest)
     }
 
-    /// Keeps an object, durably. The caller has checked that `bytes` have this digest.
+    /// Keeps an object; it is durable a moment later, or after [`Store::sync`]. The caller has checked that `bytes` have this digest.
     ///
     /// # Errors
     /// `Io` and `NoSpace`.
     pub fn put_object(&self, digest: Sha256, bytes: &[u8]) -> Result<()> {
-        replace_file(&self.layout.object(digest), true, &[bytes])
+        // One that is here may be durable already.
+        if self.object(digest)?.is_some() {
+            return Ok(());
+        }
+        self.replace_and_sync_later(self.layout.object(digest), &[bytes])
     }
 
     /// An object, checked against its digest; `None` if it is not here, or not what it should be.
@@ -66,12 +69,12 @@ impl Store {
         Ok(Some(part))
     }
 
-    /// Keeps a metadata image as it is served, durably, under the digest of its blob.
+    /// Keeps a metadata image as it is served, under the digest of its blob, as [`Store::put_object`] does.
     ///
     /// # Errors
     /// `Io` and `NoSpace`.
     pub fn put_metadata(&self, blob: Sha256, image: &[u8]) -> Result<()> {
-        replace_file(&self.layout.metadata(blob), true, &[image])
+        self.replace_and_sync_later(self.layout.metadata(blob), &[image])
     }
 
     /// A metadata image as it is served.

@@ -33,6 +33,8 @@ type Files = BTreeMap<PathBuf, Vec<u8>>;
 struct Promised {
     blocks: BTreeSet<(u8, u32)>,
     objects: BTreeSet<u8>,
+    /// Objects that were written in this life.
+    written: BTreeSet<u8>,
 }
 
 /// One life of a store: from a disk to its steps and promises.
@@ -80,7 +82,8 @@ fn faults(store: &Store, promised: &Promised) -> Vec<String> {
         }
     }
     let checked = store.check().unwrap();
-    if checked.damaged_blocks + checked.unknown_blocks + checked.damaged_objects > 0 {
+    // An object that was not synced may be there in part: it is taken for absent.
+    if checked.damaged_blocks + checked.unknown_blocks > 0 {
         faults.push(format!("{checked:?}"));
     }
     for number in 0..8 {
@@ -102,7 +105,7 @@ fn live(disk: Files, promised: &Promised, boot: u8, random: &mut Random) -> Resu
         fs::write(path, bytes).unwrap();
     }
     journal::begin(&root);
-    let mut promised = promised.clone();
+    let mut promised = Promised { written: BTreeSet::new(), ..promised.clone() };
     let mut promises = vec![(0, promised.clone())];
     let mut wrong = Vec::new();
     let began = Instant::now();
@@ -116,12 +119,12 @@ fn live(disk: Files, promised: &Promised, boot: u8, random: &mut Random) -> Resu
             work(&store, &blobs, &mut promised, &mut promises, random);
         }
         if random.below(2) == 0 {
-            store.sync().unwrap();
-            promised.blocks.extend(present(&blobs));
+            sync(&store, &blobs, &mut promised);
             promises.push((journal::len(&root), promised.clone()));
         } else {
             // As `kill -9` leaves it: no last sync.
             store.blobs.lock().clear();
+            store.unsynced.0.lock().clear();
         }
     }
     let steps = journal::end(&root);
@@ -132,6 +135,12 @@ fn live(disk: Files, promised: &Promised, boot: u8, random: &mut Random) -> Resu
     };
     let steps = steps.into_iter().map(|(path, step)| (relative(&path), relative_step(step))).collect();
     if wrong.is_empty() { Ok(Life { disk, steps, promises, opened_in }) } else { Err(wrong) }
+}
+
+fn sync(store: &Store, blobs: &[Arc<BlobFile>], promised: &mut Promised) {
+    store.sync().unwrap();
+    promised.blocks.extend(present(blobs));
+    promised.objects.extend(&promised.written);
 }
 
 fn present(blobs: &[Arc<BlobFile>]) -> Vec<(u8, u32)> {
@@ -153,7 +162,7 @@ fn work(
     let root = store.layout.lock();
     let blob = u8::try_from(random.below(u64::from(BLOBS))).unwrap();
     let file = &blobs[usize::from(blob)];
-    match random.below(8) {
+    match random.below(9) {
         0..4 => {
             let start = u32::try_from(random.below(u64::from(BLOCKS))).unwrap();
             let end = (start + 1 + u32::try_from(random.below(40)).unwrap()).min(BLOCKS);
@@ -168,8 +177,9 @@ fn work(
         6 => {
             let number = u8::try_from(random.below(8)).unwrap();
             store.put_object(Sha256::of(&object(number)), &object(number)).unwrap();
-            promised.objects.insert(number);
+            promised.written.insert(number);
         }
+        7 => sync(store, blobs, promised),
         _ => {
             let start = u32::try_from(random.below(u64::from(BLOCKS))).unwrap();
             let end = (start + 1 + u32::try_from(random.below(60)).unwrap()).min(BLOCKS);
