@@ -43,7 +43,7 @@ starts-vm: programs ## the same over /dev/ublkb0 in a User-Mode-Linux guest
 
 bench: programs ## how fast a device is, beside the bars that it is to meet; docs/performance.md. On a host without ublk: in a guest
 	@bench/performance/prepare.sh $(BIN)
-	@if [[ -e /dev/ublk-control ]]; then $(BIN)/performance $(BENCH_FLAGS); else bench/performance/vm.sh $(BIN) $(BENCH_FLAGS); fi
+	@if [[ -e /dev/ublk-control || '$(BENCH_FLAGS)' == *'--transport fuse'* ]]; then $(BIN)/performance $(BENCH_FLAGS); else bench/performance/vm.sh $(BIN) $(BENCH_FLAGS); fi
 
 bench-ab: programs ## the same of BASE=REVISION and of what is here, one after the other, with the programs of here that measure
 	@test -n '$(BASE)' || { echo 'usage: make bench-ab BASE=REVISION [BENCH_FLAGS="hits"]'; exit 2; }
