@@ -2,7 +2,9 @@
 
 use ublkimg_registry::Digest;
 use ublkimg_registry::descriptor::{Descriptor, Index, Manifest, Platform};
-use ublkimg_registry::erofs_manifest::{ErofsManifest, LAYERS_MAX, LayerOrigin, LayerRef, MetadataRef, VerityRef, choose};
+use ublkimg_registry::erofs_manifest::{
+    ErofsManifest, LAYERS_MAX, LayerOrigin, LayerRef, MetadataRef, VerityRef, choose,
+};
 use ublkimg_registry::profile::{ProfileManifest, add_to_index, profiles};
 
 /// One document, taken for each kind that there is.
