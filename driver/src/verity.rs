@@ -243,10 +243,12 @@ impl Control {
         }
         let mut buffer = [0_u8; BUFFER_LEN];
         let mut put = |at: usize, value: u32| buffer[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+        #[expect(clippy::cast_possible_truncation, reason = "both are small constants")]
+        let (buffer_len, header_len) = (BUFFER_LEN as u32, HEADER_LEN as u32);
         // Version 4.0.0 is what all kernels take.
         put(0, 4);
-        put(12, BUFFER_LEN as u32);
-        put(16, HEADER_LEN as u32);
+        put(12, buffer_len);
+        put(16, header_len);
         put(20, u32::from(!payload.is_empty()));
         put(28, flags);
         buffer[48..48 + mapped.len()].copy_from_slice(mapped.as_bytes());

@@ -332,7 +332,7 @@ impl Past {
         for _ in 0..500 {
             match Store::open(self.host.root.path()) {
                 Err(error) if error.kind() == ErrorKind::Busy => {
-                    std::thread::sleep(std::time::Duration::from_millis(10))
+                    std::thread::sleep(std::time::Duration::from_millis(10));
                 }
                 opened => return Arc::new(opened.unwrap()),
             }
