@@ -132,7 +132,7 @@ lanes-full: guest-tests
 	@tests/vm/lanes.sh --bin $(BIN) --full
 
 # One after another, the quickest answer first; the lanes come last and end with their count.
-test: deps ## everything that must hold; some 26 minutes on two cores, most of them compiling
+test: deps ## everything that must hold; less than half an hour on two cores, most of them compiling
 	@for step in fmt deny unit fuzz clippy doc; do \
 	  began=$$SECONDS; $(MAKE) --no-print-directory $$step; echo "== $$step: $$((SECONDS - began)) s"; \
 	done

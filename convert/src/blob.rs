@@ -19,6 +19,8 @@ use ublkimg_image::zstd_frame::skippable;
 use ublkimg_image::{
     BLOCK_SIZE, Bundle, ChunkIndex, ChunkIndexBuilder, MergeRecord, Sha256, SkippableKind, write_layer,
 };
+use ublkimg_registry::Digest;
+use ublkimg_registry::erofs_manifest::{LayerOrigin, LayerRef};
 
 use crate::error::{Error, Result};
 use crate::frames::{Chunk, Compress, compress};
@@ -47,6 +49,18 @@ impl Blob {
     /// A path under which this process can open the file, as often as it wants, while the blob lives.
     pub(crate) fn path(&self) -> PathBuf {
         path_of(&self.file)
+    }
+
+    /// What a manifest says of it, as a blob of chunks that ends with their index.
+    pub(crate) fn reference(&self, index: &ChunkIndex, origin: Option<LayerOrigin>) -> LayerRef {
+        LayerRef {
+            digest: Digest(self.digest.0),
+            size_bytes: self.size_bytes,
+            index_range: self.trailer.clone(),
+            index_digest: Digest(index.digest().0),
+            uncompressed_digest: Digest(self.uncompressed_digest.0),
+            origin,
+        }
     }
 }
 

@@ -8,7 +8,8 @@
 //! happens to the commands. One that is left over a device that is gone (its server gave up) keeps that device's number, which
 //! no other device gets meanwhile: so the number tells whether a mapped device is over this device.
 //!
-//! Numbers and layouts: `include/uapi/linux/dm-ioctl.h`; the table: admin-guide/device-mapper/verity.
+//! Numbers and layouts: `include/uapi/linux/dm-ioctl.h`; the table: admin-guide/device-mapper/verity. The crate `devicemapper` (0.34)
+//! would bring bindgen, and so libclang, to every build, for six commands.
 
 #![expect(unsafe_code, reason = "the ioctls of the device mapper")]
 

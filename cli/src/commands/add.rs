@@ -37,7 +37,6 @@ struct Added<'a> {
 pub(super) fn run(global: &Global, command: &Add) -> anyhow::Result<()> {
     let directories = super::directories(global)?;
     let mut request = add_request(command)?;
-    request.verity = command.verity;
     if command.convert {
         let reference = super::location(&command.reference)?;
         request.name.get_or_insert_with(|| device_name(&request.reference));
@@ -150,7 +149,8 @@ fn add_request(command: &Add) -> anyhow::Result<AddRequest> {
         fill: if command.wait.is_some() { FillMode::Full } else { fill_mode(command.attach.fill) },
         warm: command.attach.warm.is_on(),
     };
-    request(&command.reference, command.name.as_deref(), &command.attach, start)
+    let request = request(&command.reference, command.name.as_deref(), &command.attach, start)?;
+    Ok(AddRequest { verity: command.verity, ..request })
 }
 
 pub(super) fn request(

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ublkimg_image::Sha256;
-use ublkimg_registry::erofs_manifest::{LayerOrigin, LayerRef};
+use ublkimg_registry::erofs_manifest::LayerOrigin;
 use ublkimg_registry::{Digest, Pushed};
 
 use super::context::Context;
@@ -56,14 +56,7 @@ pub(super) async fn convert_layer(
         settings: context.settings.clone(),
         record_digest: Digest::of(&record),
     });
-    let reference = LayerRef {
-        digest: Digest(blob.digest.0),
-        size_bytes: blob.size_bytes,
-        index_range: blob.trailer.clone(),
-        index_digest: Digest(index.digest().0),
-        uncompressed_digest: Digest(blob.uncompressed_digest.0),
-        origin,
-    };
+    let reference = blob.reference(&index, origin);
     let layer = ConvertedLayer { reference, index, metadata, record };
     let summary = LayerSummary::new(source, source_bytes, &layer, pushed != Pushed::Uploaded, false);
     Ok(FinishedLayer { summary, layer })
@@ -78,7 +71,7 @@ fn read_and_write(
 ) -> Result<(u64, Option<Sha256>, LayerBlob)> {
     let options = &context.options;
     check_room(&options.tmpdir, layer.size_bytes)?;
-    let how = Compress { level: options.level, threads: options.threads };
+    let how = context.compress();
     let mut spool = Spool::new(&options.tmpdir, options.chunk_size, how)?;
     let task = position.task(Phase::Read);
     context.progress.start(&task, layer.size_bytes);

@@ -68,14 +68,7 @@ pub(super) async fn make(
     })
     .await??;
     context.destination.push(&blob).await?;
-    let reference = LayerRef {
-        digest: Digest(blob.digest.0),
-        size_bytes: blob.size_bytes,
-        index_range: blob.trailer.clone(),
-        index_digest: Digest(index.digest().0),
-        uncompressed_digest: Digest(blob.uncompressed_digest.0),
-        origin: None,
-    };
+    let reference = blob.reference(&index, None);
     let bundled = BundledLayer { digest: blob.digest, blob_len_bytes: blob.size_bytes, index };
     Ok((VerityRef { tree: reference, root }, bundled))
 }

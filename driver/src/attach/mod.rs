@@ -159,9 +159,10 @@ impl KnownImage {
         let repository = open(location, options).await?;
         let mut held = Vec::new();
         let mut object = async |digest: Digest| {
-            held.push(store.hold(Sha256(digest.0)));
             let not_here = || Error::new(ErrorKind::NotFound, format!("{digest} is not in the store"));
-            stored(store, digest).await?.ok_or_else(not_here)
+            let (hold, bytes) = stored(store, digest).await?;
+            held.push(hold);
+            bytes.ok_or_else(not_here)
         };
         let manifest = parse(manifest_digest, &object(manifest_digest).await?)?;
         let share = store.memory().stored.take(manifest.metadata.size_bytes).await?;
@@ -430,14 +431,20 @@ impl<'a> Attaching<'a> {
 
     /// An object of the store, which is held from now on.
     async fn stored(&self, digest: Digest) -> Result<Option<Bytes>> {
-        self.held.lock().push(self.store.hold(Sha256(digest.0)));
-        stored(self.store, digest).await
+        let (hold, bytes) = stored(self.store, digest).await?;
+        self.held.lock().push(hold);
+        Ok(bytes)
     }
 
     async fn keep(&self, digest: Digest, bytes: Bytes) -> Result<()> {
-        self.held.lock().push(self.store.hold(Sha256(digest.0)));
         let store = Arc::clone(self.store);
-        blocking(move || store.put_object(Sha256(digest.0), &bytes)).await
+        let kept = blocking(move || {
+            let hold = store.hold(Sha256(digest.0));
+            store.put_object(Sha256(digest.0), &bytes).map(|()| hold)
+        });
+        let hold = kept.await?;
+        self.held.lock().push(hold);
+        Ok(())
     }
 
     /// Keeps what may be there already.
@@ -475,10 +482,14 @@ async fn check(store: &Arc<Store>, manifest: &ErofsManifest, blob: Bytes, share:
     .await
 }
 
-/// An object of the store.
-async fn stored(store: &Arc<Store>, digest: Digest) -> Result<Option<Bytes>> {
+/// An object of the store, held whether it is there or not. Beside the runtime, also the hold: it may wait for a removal.
+async fn stored(store: &Arc<Store>, digest: Digest) -> Result<(HeldObject, Option<Bytes>)> {
     let store = Arc::clone(store);
-    blocking(move || Ok(store.object(Sha256(digest.0))?.map(Bytes::from))).await
+    blocking(move || {
+        let hold = store.hold(Sha256(digest.0));
+        Ok((hold, store.object(Sha256(digest.0))?.map(Bytes::from)))
+    })
+    .await
 }
 
 /// Names the link to a registry host; a directory is one of its own.

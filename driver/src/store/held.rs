@@ -31,7 +31,8 @@ impl HeldObjects {
         HeldObject { digest, holds: Arc::clone(&self.0) }
     }
 
-    /// Does that unless somebody holds the object; nobody begins to meanwhile.
+    /// Does that unless somebody holds the object. Nobody begins to meanwhile: who holds waits for one removal of a file, so not on
+    /// a thread that must not wait.
     pub(super) fn unless_held<T>(&self, digest: Sha256, remove: impl FnOnce() -> T) -> Option<T> {
         let holds = self.0.lock();
         (!holds.contains_key(&digest)).then(remove)

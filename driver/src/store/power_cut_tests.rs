@@ -124,7 +124,7 @@ fn live(disk: Files, promised: &Promised, boot: u8, random: &mut Random) -> Resu
         } else {
             // As `kill -9` leaves it: no last sync.
             store.blobs.lock().clear();
-            store.unsynced.0.lock().clear();
+            store.unsynced.files.lock().clear();
         }
     }
     let steps = journal::end(&root);

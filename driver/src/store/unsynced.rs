@@ -15,19 +15,26 @@ use parking_lot::Mutex;
 use super::disk;
 use crate::error::{Error, Result};
 
-/// The files: as many as are written between two syncs.
+/// See the module.
 #[derive(Debug, Default)]
-pub(super) struct Unsynced(pub(super) Mutex<BTreeSet<PathBuf>>);
+pub(super) struct Unsynced {
+    /// As many as are written between two syncs.
+    pub(super) files: Mutex<BTreeSet<PathBuf>>,
+    /// Held by the one that syncs, so that another one returns when those files are on the disk too.
+    syncing: Mutex<()>,
+}
 
 impl Unsynced {
     /// A file was written, and is complete under its name.
     pub(super) fn note(&self, path: PathBuf) {
-        self.0.lock().insert(path);
+        self.files.lock().insert(path);
     }
 
-    /// Brings the files and their names to the disk. The first of the errors; what failed is not tried again.
+    /// Brings the files and their names to the disk, all that were noted before. The first of the errors; what failed is not
+    /// tried again.
     pub(super) fn sync(&self) -> Result<()> {
-        let files = std::mem::take(&mut *self.0.lock());
+        let _syncing = self.syncing.lock();
+        let files = std::mem::take(&mut *self.files.lock());
         let mut outcome = Ok(());
         let mut directories = BTreeSet::new();
         for path in files {
@@ -45,5 +52,24 @@ impl Unsynced {
             outcome = outcome.and(synced.map_err(|error| Error::path("sync", &directory, error)));
         }
         outcome
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn who_syncs_waits_for_files_that_another_one_is_syncing() {
+        let unsynced = Unsynced::default();
+        let other = unsynced.syncing.lock();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| unsynced.sync().unwrap());
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!waiting.is_finished());
+            drop(other);
+        });
     }
 }

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use ublkimg_driver::device::ublk;
+use ublkimg_driver::device::{Transport, ublk};
 use ublkimg_tests::registry::{Config, TestRegistry};
 use ublkimg_tests::start::program::Ublkimg;
 
@@ -19,7 +19,7 @@ pub(crate) struct Machine {
     pub(crate) work: PathBuf,
     /// What is measured.
     program: PathBuf,
-    transport: &'static str,
+    transport: Transport,
     /// The directory of the programs that measure.
     pub(crate) bin: PathBuf,
     /// OCI layout with the converted images as tags.
@@ -34,7 +34,7 @@ impl Machine {
     pub(crate) fn new(
         work: PathBuf,
         program: Option<PathBuf>,
-        transport: &'static str,
+        transport: Transport,
         images: PathBuf,
         tree: (PathBuf, String),
         rounds: usize,
@@ -85,7 +85,7 @@ impl Machine {
 /// A host; its devices are removed and its daemon ends with it.
 pub(crate) struct Host {
     pub(crate) dir: PathBuf,
-    transport: &'static str,
+    transport: Transport,
     pub(crate) ublkimg: Ublkimg,
 }
 
@@ -94,18 +94,9 @@ impl Host {
     pub(crate) fn add(&self, reference: &str, name: &str, options: &[&str]) -> Result<PathBuf> {
         let mount = self.mounted(name);
         let mount = mount.to_str().context("a path that is not UTF-8")?;
-        let mut all = vec![
-            "add",
-            reference,
-            "--name",
-            name,
-            "--mount",
-            mount,
-            "--transport",
-            self.transport,
-            "--profile",
-            "none",
-        ];
+        let transport = self.transport.to_string();
+        let mut all =
+            vec!["add", reference, "--name", name, "--mount", mount, "--transport", &transport, "--profile", "none"];
         all.extend(["--no-record"].iter().chain(options));
         let said = self.ublkimg.call(&all)?;
         let (device, _) = said.split_once(' ').with_context(|| format!("add printed {said:?}"))?;

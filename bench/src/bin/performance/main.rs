@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum};
+use ublkimg_driver::device::Transport;
 
 use machine::Machine;
 use rows::{Row, Table};
@@ -37,26 +38,10 @@ enum Group {
     Devices,
 }
 
-/// How the kernel reaches a device's server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Transport {
-    /// A ublk device
-    Ublk,
-    /// A loop device over a file of a FUSE file system: on a host without ublk, which has processors of its own for the registry
-    Fuse,
-}
-
-impl Transport {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Ublk => "ublk",
-            Self::Fuse => "fuse",
-        }
-    }
-
-    /// Without ublk there is neither a null target nor the limit on devices.
-    fn measures(self, group: Group) -> bool {
-        self == Self::Ublk || !matches!(group, Group::Hits | Group::Devices)
+impl Group {
+    /// The null target and the limit on devices are ublk's.
+    fn wants_ublk(self) -> bool {
+        matches!(self, Self::Hits | Self::Devices)
     }
 }
 
@@ -84,8 +69,9 @@ struct Arguments {
     /// A directory for this run; what is in it is deleted
     #[arg(long, default_value = "target/bench/run", value_name = "DIR")]
     work: PathBuf,
-    /// What devices are made with; with `fuse` there are only those groups that compare with nothing else
-    #[arg(long, value_enum, default_value_t = Transport::Ublk)]
+    /// What devices are made with: ublk, or fuse on a host without it, whose registry has a processor of its own; there are no
+    /// hits and devices then
+    #[arg(long, default_value_t = Transport::Ublk)]
     transport: Transport,
     /// More options for every `ublkimg add`, separated by blanks
     #[arg(long, default_value = "", value_name = "OPTIONS", allow_hyphen_values = true)]
@@ -120,10 +106,14 @@ fn run(arguments: &Arguments) -> Result<()> {
     let tree = (PathBuf::from(dir), tag.to_owned());
     let (images, rounds) = (arguments.images.join("erofs"), usize::from(arguments.rounds));
     let program = arguments.ublkimg.clone();
-    let machine = Machine::new(work.clone(), program, arguments.transport.name(), images, tree, rounds)?;
+    let machine = Machine::new(work.clone(), program, arguments.transport, images, tree, rounds)?;
     let options: Vec<&str> = arguments.add.split_whitespace().collect();
     let mut rows: Vec<Row> = Vec::new();
-    for group in arguments.groups.iter().filter(|group| arguments.transport.measures(**group)) {
+    for group in &arguments.groups {
+        if group.wants_ublk() && arguments.transport != Transport::Ublk {
+            eprintln!("performance: SKIP {group:?}: not without ublk");
+            continue;
+        }
         eprintln!("performance: {group:?}");
         let measured = match group {
             Group::Hits => hits::measure(&machine, &options),
