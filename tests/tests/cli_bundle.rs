@@ -55,7 +55,7 @@ fn run(host: &Host, program: &str, bundle: &Path, id: &str) -> Output {
 fn succeeds(host: &Host, program: &str, bundle: &Path, id: &str) -> String {
     let output = run(host, program, bundle, id);
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{program}: {text}");
+    assert!(output.status.success(), "{program}, {}: {text}", output.status);
     text
 }
 
@@ -173,7 +173,7 @@ fn devices_of_the_host_come_as_their_vendor_says() {
     std::fs::write(gift.join("library"), "of the host\n").unwrap();
     let text = format!(
         "cdiVersion: 0.6.0\nkind: vendor.test/gpu\ncontainerEdits:\n  env: [VISIBLE=all]\n  hooks:\n  \
-         - {{hookName: createRuntime, path: /bin/sh, args: [sh, -c, 'echo called >> {}']}}\n  mounts:\n  \
+         - {{hookName: createRuntime, path: /bin/sh, args: [sh, -c, 'cat > /dev/null; echo called >> {}']}}\n  mounts:\n  \
          - {{hostPath: {}, containerPath: /gift, options: [ro, nosuid, bind]}}\ndevices:\n- name: '0'\n  \
          containerEdits:\n    deviceNodes:\n    - {{path: /dev/gpu0, hostPath: /dev/zero, permissions: r}}\n",
         called.display(),
@@ -320,22 +320,27 @@ fn a_container_survives_a_crash_of_the_daemon() {
     host.end();
 }
 
+/// The exit code of `ublkimg hook`, and all that it said.
+fn call_hook(host: &Host, arguments: &[&str], state: &str) -> (Option<i32>, String) {
+    let mut child = Command::new(ublkimg_path())
+        .env("UBLKIMG_ROOT", host.root.join("store"))
+        .env("UBLKIMG_RUN_DIR", host.root.join("run"))
+        .arg("hook")
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), state.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    (output.status.code(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+}
+
 #[test]
 fn hooks_of_others_cost_nothing() {
     let host = Host::new(ublkimg_tests::registry::Auth::Anonymous);
-    let call = |phase: &str, state: &str| {
-        let mut child = Command::new(ublkimg_path())
-            .env("UBLKIMG_ROOT", host.root.join("store"))
-            .env("UBLKIMG_RUN_DIR", host.root.join("run"))
-            .args(["hook", phase])
-            .stdin(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        std::io::Write::write_all(&mut child.stdin.take().unwrap(), state.as_bytes()).unwrap();
-        let output = child.wait_with_output().unwrap();
-        (output.status.code(), String::from_utf8(output.stderr).unwrap())
-    };
+    let call = |phase: &str, state: &str| call_hook(&host, &[phase], state);
     let state =
         format!(r#"{{"ociVersion": "1.0.2", "id": "c1", "pid": {}, "bundle": "/nonexistent"}}"#, std::process::id());
     for phase in ["prestart", "createRuntime", "createContainer", "poststart", "poststop", "somethingNew"] {
@@ -350,4 +355,27 @@ fn hooks_of_others_cost_nothing() {
     let (code, said) = call("createRuntime", &state);
     assert_eq!((code, said.lines().count()), (Some(3), 1), "{said}");
     assert!(!host.root.join("run/leases/web/c1").exists());
+}
+
+#[test]
+fn a_hook_ends_by_itself() {
+    let host = Host::new(ublkimg_tests::registry::Auth::Anonymous);
+    std::fs::write(host.root.join("config.json"), r#"{"ociVersion": "1.0.2", "root": {"path": "rootfs"}}"#).unwrap();
+    let reference = host.registry.reference("shell", "v1");
+    let state = serde_json::json!({
+        "ociVersion": "1.0.2", "id": "c1", "pid": std::process::id(), "bundle": host.root.path(),
+        "annotations": {"dev.ublkimg.mount./m": reference},
+    })
+    .to_string();
+    let (_code, said) = call_hook(&host, &["createRuntime", "--dry-run"], &state);
+    let name = said.split(' ').skip_while(|word| *word != "as").nth(1).unwrap().trim_end_matches(',');
+    // Somebody holds the leases of its device for ever.
+    let leases = host.root.join("run/leases").join(name);
+    std::fs::create_dir_all(&leases).unwrap();
+    let lock = std::fs::File::create(leases.join(".lock")).unwrap();
+    lock.lock().unwrap();
+    let (code, said) = call_hook(&host, &["createRuntime", "--timeout=10ms"], &state);
+    assert_eq!((code, said.lines().count()), (Some(7), 1), "{said}");
+    assert!(said.contains("createRuntime was not done within"), "{said}");
+    assert_eq!(call_hook(&host, &["poststop", "--timeout=10ms"], &state), (Some(0), String::new()));
 }

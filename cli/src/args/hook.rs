@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 /// One call of an OCI hook; the container's state comes on stdin.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct Hook {
     /// prestart, createRuntime, createContainer, poststart or poststop; anything else does nothing
     pub(crate) phase: String,

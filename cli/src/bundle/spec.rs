@@ -28,9 +28,6 @@ const CAPABILITIES: [&str; 14] = [
     "CAP_SYS_CHROOT",
 ];
 
-/// For hooks that ask the daemon one thing.
-const SHORT_SECONDS: u64 = 15;
-
 /// A container's usual one, where the image has none.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -68,23 +65,22 @@ pub(crate) struct Hooks {
     pub(crate) program: PathBuf,
     /// Its arguments before `hook`.
     pub(crate) arguments: Vec<String>,
-    /// What follows the phase when images are attached.
+    /// What follows the phase: how long it may take, and how images are attached.
     pub(crate) options: Vec<String>,
-    /// What a hook may take: it waits for a registry when an image is not attached yet.
-    pub(crate) timeout_seconds: u64,
 }
 
 impl Hooks {
+    /// Without `timeout`: our hooks end by themselves.
     pub(crate) fn to_json(&self) -> Value {
-        let phase = |name: &str, seconds: u64| {
+        let phase = |name: &str| {
             let before = ["ublkimg"].into_iter().chain(self.arguments.iter().map(String::as_str));
             let arguments = before.chain(["hook", name]).chain(self.options.iter().map(String::as_str));
-            json!([{ "path": self.program, "args": arguments.collect::<Vec<_>>(), "timeout": seconds }])
+            json!([{ "path": self.program, "args": arguments.collect::<Vec<_>>() }])
         };
         json!({
-            "createRuntime": phase("createRuntime", self.timeout_seconds),
-            "poststart": phase("poststart", SHORT_SECONDS),
-            "poststop": phase("poststop", SHORT_SECONDS),
+            "createRuntime": phase("createRuntime"),
+            "poststart": phase("poststart"),
+            "poststop": phase("poststop"),
         })
     }
 }

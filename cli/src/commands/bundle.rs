@@ -122,8 +122,7 @@ pub(super) fn hooks(global: &Global, attach: &AttachArguments) -> anyhow::Result
     for (option, path) in global.config.iter().map(|file| ("--config", file)).chain(directories) {
         arguments.extend([option.to_owned(), path.display().to_string()]);
     }
-    let timeout_seconds = attach.timeout.as_secs().max(1);
-    Ok(Hooks { program: std::env::current_exe()?, arguments, options: hook_options(attach)?, timeout_seconds })
+    Ok(Hooks { program: std::env::current_exe()?, arguments, options: hook_options(attach)? })
 }
 
 fn hook_options(attach: &AttachArguments) -> anyhow::Result<Vec<String>> {

@@ -11,7 +11,8 @@
 //!
 //! Phases can be repeated, since runtimes call both prestart and createRuntime when both are configured: a path that is
 //! mounted already is left alone. An error is one line on stderr and one in the journal, as some runtimes drop a hook's
-//! stderr. poststop never fails: nothing would come of it.
+//! stderr. poststop never fails: nothing would come of it. Each phase ends by itself after its `--timeout` and says so, rather than being
+//! killed by a runtime that knows no more than that it took long.
 
 mod journal;
 mod state;
@@ -37,8 +38,11 @@ use crate::output;
 /// How long the daemon may take for something small.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How much longer than attaching and mounting a phase may take in all.
+const GRACE: Duration = Duration::from_secs(2);
+
 pub(super) fn run(global: &Global, command: &Hook) -> anyhow::Result<()> {
-    let done = phase(global, command);
+    let done = within(command.timeout + GRACE, global, command);
     if let Err(error) = &done {
         journal::error(&format!("hook {}: {error:#}", command.phase));
     }
@@ -46,6 +50,19 @@ pub(super) fn run(global: &Global, command: &Hook) -> anyhow::Result<()> {
         "poststop" => Ok(()),
         _ => done,
     }
+}
+
+/// The phase, on a thread of its own: it may wait for a lock or a file system that hangs, and the process ends without it.
+fn within(limit: Duration, global: &Global, command: &Hook) -> anyhow::Result<()> {
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    let arguments = (global.clone(), command.clone());
+    std::thread::spawn(move || tell.send(phase(&arguments.0, &arguments.1)));
+    let late = |_| {
+        let text =
+            format!("{} was not done within {}s; `ublkimg status` says what waits", command.phase, limit.as_secs());
+        Err(Error::new(ErrorKind::TimedOut, text).into())
+    };
+    told.recv_timeout(limit).unwrap_or_else(late)
 }
 
 fn phase(global: &Global, command: &Hook) -> anyhow::Result<()> {
