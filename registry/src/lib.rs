@@ -41,6 +41,7 @@ mod reference;
 mod remote;
 mod repository;
 mod retry;
+mod tls;
 mod transport;
 
 pub use blob::{BlobReader, BlobSource, RangeStream};

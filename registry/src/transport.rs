@@ -19,6 +19,7 @@ use crate::gate::Gate;
 use crate::options::ClientOptions;
 use crate::reference::{Reference, is_loopback};
 use crate::retry::{Failure, Retry};
+use crate::tls;
 
 /// Idle connections kept for one host: as many as there can be requests.
 const IDLE_CONNECTIONS: usize = crate::remote::MAX_REQUESTS;
@@ -233,6 +234,9 @@ impl Transport {
     fn broken(&self, url: &Url, error: reqwest::Error) -> Failure {
         let error = error.without_url();
         let (name, root) = (self.name(url), root_cause(&error));
+        if let Some(trouble) = tls::trouble(&error) {
+            return Error::unavailable(format!("{name} {trouble}")).with_source(error).into();
+        }
         let text = if error.is_connect() && error.is_timeout() {
             format!("{name} is not reachable: no connection within {} s", self.options.connect_timeout.as_secs_f32())
         } else if error.is_connect() {

@@ -17,3 +17,4 @@ pub mod skip;
 pub mod start;
 pub mod tar;
 pub mod temp_root;
+pub mod tls;
