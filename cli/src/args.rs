@@ -5,6 +5,8 @@ pub(crate) mod bundle;
 pub(crate) mod cache;
 pub(crate) mod cdi;
 pub(crate) mod compare;
+#[cfg(test)]
+mod documentation_tests;
 pub(crate) mod hook;
 pub(crate) mod pull;
 pub(crate) mod readiness;
