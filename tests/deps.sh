@@ -13,7 +13,7 @@ needed=(
 )
 # Without these some tests are skipped, so a machine whose archive lacks one can still run the others.
 wanted=(
-  qemu-system-x86_64:qemu-system-x86 busybox:busybox-static docker-registry:docker-registry umoci:umoci crun:crun
+  qemu-system-x86_64:qemu-system-x86 busybox:busybox-static docker-registry:docker-registry nginx:nginx umoci:umoci crun:crun
   /usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
 )
 
@@ -76,9 +76,11 @@ done <<<"$optional"
 ((${#packages[@]})) || exit 0
 
 echo "deps.sh: installing ${packages[*]}" >&2
-# The test starts a docker-registry of its own; the package's service would hold port 5000 of this machine.
-if [[ " ${packages[*]} " == *" docker-registry "* && -d /run/systemd/system ]]; then
-  systemctl mask docker-registry.service >/dev/null 2>&1 || true
-fi
+# Tests start a docker-registry and an nginx of their own; the packages' services would hold ports 5000 and 80 of this machine.
+for service in docker-registry nginx; do
+  if [[ " ${packages[*]} " == *" $service "* && -d /run/systemd/system ]]; then
+    systemctl mask "$service.service" >/dev/null 2>&1 || true
+  fi
+done
 apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null || die "apt-get install failed for ${packages[*]}"
 have_libclang || die "libclang is still not found"

@@ -10,6 +10,7 @@ pub mod fault_row;
 pub mod host;
 pub mod http;
 pub mod leaks;
+pub mod nginx;
 pub mod oci_layout;
 pub mod registry;
 pub mod sample_image;

@@ -1,22 +1,14 @@
-//! Proxies and caches between a host and its registry, as the command line meets them.
+//! Proxies between a host and its registry, as the command line meets them.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 use ublkimg_tests::command::ublkimg;
-use ublkimg_tests::docker_registry::DockerRegistry;
 use ublkimg_tests::host::{self, Host};
-use ublkimg_tests::http::Connection;
-use ublkimg_tests::registry::TestRegistry;
 use ublkimg_tests::skip;
-
-/// Hosts that start at the same time.
-const CLIENTS: usize = 8;
 
 /// A forward proxy that sends everything to one place; keeps the first line of each connection.
 fn proxy(to: SocketAddr) -> (String, Arc<Mutex<Vec<String>>>) {
@@ -64,64 +56,4 @@ fn a_proxy_of_the_environment_is_used_unless_the_host_is_excepted() {
     excepted.refused(7, &["registry.test:1"]);
     assert_eq!(asked.lock().unwrap().len(), before);
     host.end();
-}
-
-/// A `hosts.toml` that puts `mirror` before the registry of `host`.
-fn put_before(root: &Path, registry: SocketAddr, mirror: SocketAddr) {
-    let directory = root.join("certs.d").join(registry.to_string());
-    std::fs::create_dir_all(&directory).unwrap();
-    std::fs::write(directory.join("hosts.toml"), format!("[host.\"http://{mirror}\"]\n")).unwrap();
-}
-
-/// Reads the blobs of an image whole through a cache, so that the cache has them.
-fn fill(cache: &DockerRegistry, registry: &TestRegistry, repository: &str) {
-    let get = |path: String| {
-        let answer = Connection::open(cache.addr()).and_then(|mut client| client.get(&path)).unwrap();
-        assert_eq!(answer.status, 200, "{path}");
-    };
-    let document = |name: &str| -> serde_json::Value {
-        serde_json::from_slice(&registry.manifest(repository, name).unwrap().unwrap()).unwrap()
-    };
-    let manifest = document(document("v1")["manifests"][0]["digest"].as_str().unwrap());
-    let blobs = manifest["layers"].as_array().unwrap().iter().chain([&manifest["config"]]);
-    for digest in blobs.map(|blob| blob["digest"].as_str().unwrap()) {
-        // It keeps a blob a moment after it has sent it.
-        let deadline = Instant::now() + Duration::from_secs(30);
-        loop {
-            let before = registry.stats().requests_of("blob_get");
-            get(format!("/v2/{repository}/blobs/{digest}"));
-            if registry.stats().requests_of("blob_get") == before {
-                break;
-            }
-            assert!(Instant::now() < deadline, "{digest} is not kept");
-        }
-    }
-}
-
-#[test]
-fn hosts_behind_a_cache_that_has_the_image_ask_the_registry_for_next_to_nothing() {
-    if !DockerRegistry::is_installed() {
-        skip!("there is no docker-registry");
-    }
-    let host = Host::with_sample();
-    let reference = host.registry.reference("sample", "v1");
-    host.registry.reset_stats();
-    ublkimg(host.root.path()).args(["pull", &reference]).run().success();
-    let one_client = host.registry.stats().bytes_sent;
-
-    let cache = DockerRegistry::start_cache(host.root.path(), host.registry.addr()).unwrap();
-    fill(&cache, &host.registry, "sample");
-    host.registry.reset_stats();
-    let clients: Vec<_> = (0..CLIENTS).map(|number| host.root.join(format!("client-{number}"))).collect();
-    for client in &clients {
-        put_before(client, host.registry.addr(), cache.addr());
-    }
-    std::thread::scope(|scope| {
-        for client in &clients {
-            scope.spawn(|| ublkimg(client).args(["pull", &reference]).run().success());
-        }
-    });
-    let all_clients = host.registry.stats().bytes_sent;
-    println!("bytes of the registry: {one_client} for one client, {all_clients} for {CLIENTS} behind a cache");
-    assert!(all_clients * 100 <= one_client * 15, "{all_clients} of {one_client}");
 }

@@ -61,6 +61,11 @@ pub enum Toxic {
         /// Offset in the blob (or manifest), whatever range of it is asked for.
         offset_bytes: u64,
     },
+    /// What is there is said to be somewhere else: 307 to the same path below this address.
+    Redirect {
+        /// Address of a server, such as `http://127.0.0.1:80`.
+        to: String,
+    },
     /// The registry is down: open connections are reset, new ones refused. The path does not matter. A guest can bring
     /// it up again only with `for_ms`, as its control path is down too.
     Refuse,

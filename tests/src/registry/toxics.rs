@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Request, State};
-use axum::http::header::{CONTENT_RANGE, RANGE, RETRY_AFTER};
+use axum::http::header::{CONTENT_RANGE, LOCATION, RANGE, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -40,6 +40,7 @@ pub(crate) async fn layer(
             _ => (),
         }
     }
+    let path = request.uri().path().to_owned();
     let mut response = fix_length(next.run(request).await);
     for (_, toxic) in &met {
         response = match toxic {
@@ -48,6 +49,9 @@ pub(crate) async fn layer(
             Toxic::Reset { after_bytes } => cut(response, *after_bytes, connection.clone(), End::Reset),
             Toxic::WrongContentRange => shift_content_range(response),
             Toxic::BitFlip { offset_bytes } => flip_bit(response, *offset_bytes),
+            Toxic::Redirect { to } if response.status().is_success() => {
+                (StatusCode::TEMPORARY_REDIRECT, [(LOCATION, format!("{to}{path}"))]).into_response()
+            }
             _ => response,
         };
     }
