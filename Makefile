@@ -25,7 +25,7 @@ SIMULATION_SEEDS := 2000
 N := 500
 MINUTES := 60
 
-.PHONY: broken package reboot podman deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert bench-convert-wheels debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
+.PHONY: broken package reboot podman deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-build fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert bench-convert-wheels debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -101,6 +101,9 @@ unit: deps
 fuzz: deps
 	@UBLKIMG_FUZZ_FRESH=1 fuzz/run.sh --seconds 10
 
+fuzz-build: deps
+	@fuzz/run.sh --build
+
 fuzz-long: deps ## fuzzes each target for FUZZ_SECONDS, going on where the last run ended
 	@fuzz/run.sh --seconds $(FUZZ_SECONDS)
 
@@ -131,12 +134,8 @@ lanes: guest-tests ## tests on kernels with ublk, in guests where the host has n
 lanes-full: guest-tests
 	@tests/vm/lanes.sh --bin $(BIN) --full
 
-# One after another, the quickest answer first; the lanes come last and end with their count.
-test: deps ## everything that must hold; less than half an hour on two cores, most of them compiling
-	@for step in fmt deny unit fuzz clippy doc; do \
-	  began=$$SECONDS; $(MAKE) --no-print-directory $$step; echo "== $$step: $$((SECONDS - began)) s"; \
-	done
-	@$(MAKE) --no-print-directory $(LANES)
+test: deps ## everything that must hold; some twenty minutes on two cores, most of them compiling
+	@tests/all.sh $(LANES)
 
 test-full: export UBLKIMG_STACKS := 400
 test-full: ## and what takes long: broken builds, the package in a clean root and on a system that reboots, podman, the whole demo image on the stock kernels, ten times as many stacks of layers

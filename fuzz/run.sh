@@ -1,6 +1,7 @@
 #!/bin/bash
 # Builds the fuzz targets with coverage instrumentation and runs each of them for a while.
 #   fuzz/run.sh [--seconds N] [TARGET...]     N seconds for each target, 5 unless told
+#   fuzz/run.sh --build                       only builds them
 #   fuzz/run.sh --clippy                      only clippy, on what would be built
 # Two targets run at a time. Inputs that found something new stay in target/fuzz/corpus/TARGET and are where the next run starts; with
 # UBLKIMG_FUZZ_FRESH=1 it starts from the seeds alone. What makes a target fail stays in target/fuzz/failures.
@@ -9,12 +10,12 @@ die() { echo "fuzz/run.sh: $*" >&2; exit 1; }
 here=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 seconds=5
-clippy=
+only=
 targets=()
 while (($#)); do
   case $1 in
   --seconds) seconds=${2:?--seconds N}; shift 2 ;;
-  --clippy) clippy=1; shift ;;
+  --build | --clippy) only=$1; shift ;;
   -*) die "unknown option $1" ;;
   *) targets+=("$1"); shift ;;
   esac
@@ -29,8 +30,9 @@ for option in level=4 inline-8bit-counters pc-table trace-compares; do flags+=("
 out=${CARGO_TARGET_DIR:-$here/../target}/fuzz
 export RUSTFLAGS=${flags[*]}
 options=(--quiet --locked --release --manifest-path "$here/Cargo.toml" --target "$triple" --target-dir "$out/build")
-[[ -z $clippy ]] || exec cargo clippy "${options[@]}" -- -D warnings
+[[ $only != --clippy ]] || exec cargo clippy "${options[@]}" -- -D warnings
 cargo build "${options[@]}"
+[[ $only != --build ]] || exit 0
 program=$out/build/$triple/release/ublkimg-fuzz
 
 run() {
