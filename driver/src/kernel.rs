@@ -141,7 +141,7 @@ fn needs(transport: Transport) -> &'static [&'static str] {
     }
 }
 
-/// Tries each module once; true when any was loaded.
+/// Tries each module that there is once; true when any was loaded.
 fn load_modules(report: &HostReport, names: &[&str]) -> bool {
     if !rustix::process::geteuid().is_root() {
         return false;
@@ -155,7 +155,9 @@ fn load_modules(report: &HostReport, names: &[&str]) -> bool {
     };
     let mut loaded = false;
     for name in names.iter().filter(|name| !report.usable(name)) {
-        let Some(module) = module(name) else { continue };
+        let Some(module) = module(name).filter(|module| matches!(module_state(module), ModuleState::Available)) else {
+            continue;
+        };
         let mut command = Command::new("modprobe");
         command.args(["-q", "--", module]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         match command.status() {
