@@ -45,12 +45,14 @@ fn functions_are_short() {
 
 #[test]
 fn unsafe_only_in_the_driver() {
-    let violations = files(&["rs"]).into_iter().filter(|file| !file.starts_with("driver/src/")).flat_map(|file| {
+    // Its examples measure how it does something: they need what it needs.
+    let is_driver = |file: &String| file.starts_with("driver/src/") || file.starts_with("driver/examples/");
+    let violations = files(&["rs"]).into_iter().filter(|file| !is_driver(file)).flat_map(|file| {
         let code = source::code_only(&read(&file));
         let lines = source::lines_with_word(&code, "unsafe");
         lines.into_iter().map(move |line| format!("{file}:{line}"))
     });
-    assert_none("`unsafe` only under driver/src", &violations.collect::<Vec<_>>());
+    assert_none("`unsafe` only in the driver", &violations.collect::<Vec<_>>());
 }
 
 #[test]
