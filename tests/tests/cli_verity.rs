@@ -92,3 +92,35 @@ fn the_tree_is_that_of_the_device_and_the_same_each_time() {
     let verified = verify.arg(format!("--salt={salt}")).output().unwrap();
     assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
 }
+
+/// The blob with `new` in place of `old`, as a new blob, whose digest is returned. Both are as long, so sizes in descriptors stay true.
+fn changed(layout: &Path, digest: &Value, old: &str, new: &str) -> String {
+    let text = std::fs::read_to_string(blob(layout, digest)).unwrap();
+    assert!(text.contains(old) && old.len() == new.len(), "{old} in {text}");
+    let text = text.replace(old, new);
+    let hex: String = Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+    std::fs::write(layout.join("blobs/sha256").join(&hex), text).unwrap();
+    format!("sha256:{hex}")
+}
+
+#[test]
+fn a_root_of_another_device_is_found() {
+    let root = TempRoot::new().unwrap();
+    SampleImage::default().write_layout(&root.join("source"), "v1").unwrap();
+    let layout = root.join("one");
+    let (source, image) = (format!("oci:{}:v1", root.join("source").display()), format!("oci:{}:v1", layout.display()));
+    ublkimg(root.path()).args(["convert", &source, &image, "--verity"]).run().success();
+
+    let top = json(&layout.join("index.json"))["manifests"][0]["digest"].clone();
+    let of_manifest = json(&blob(&layout, &top))["manifests"][0]["digest"].clone();
+    let manifest = json(&blob(&layout, &of_manifest));
+    let tree = manifest["layers"].as_array().unwrap().iter().rev().nth(1).unwrap();
+    let stated = tree["annotations"]["vnd.ublkimg.verity.root"].as_str().unwrap();
+    let other = format!("sha256:{}", "5".repeat(64));
+    let other_manifest = changed(&layout, &of_manifest, stated, &other);
+    let other_top = changed(&layout, &top, of_manifest.as_str().unwrap(), &other_manifest);
+    let index = std::fs::read_to_string(layout.join("index.json")).unwrap();
+    std::fs::write(layout.join("index.json"), index.replace(top.as_str().unwrap(), &other_top)).unwrap();
+
+    ublkimg(root.path()).args(["check", &image]).run().refused(6, &["the verity tree", "another root than the device"]);
+}
