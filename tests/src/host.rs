@@ -139,6 +139,14 @@ impl Host {
         serde_json::from_str::<Value>(&list.stdout).unwrap().as_array().unwrap().clone()
     }
 
+    /// `kill -9` of the server of all devices.
+    pub fn kill_server(&self) {
+        let processes = leaks::processes_of(self.root.path());
+        let server = processes.iter().find(|process| process.contains("--server")).unwrap();
+        let (id, _command) = server.split_once(' ').unwrap();
+        assert!(Command::new("kill").args(["-9", id]).status().unwrap().success());
+    }
+
     /// The log of the daemon.
     pub fn log(&self) -> String {
         let files = std::fs::read_dir(self.root.join("run")).unwrap().map(|entry| entry.unwrap().path());

@@ -293,28 +293,38 @@ fn a_container_survives_a_crash_of_the_daemon() {
         Err(reason) => skip!("{reason}"),
     };
     let models = format!("/models={}", host.registry.reference("shell", "v1"));
-    let script = "while [ ! -e /go ]; do busybox sleep 0.1; done; cat /data /models/data | busybox wc -c";
-    let directory = bundle(&host, "one", &["--mount-image", &models], &["/bin/sh", "-c", script]);
+    let script = "echo > /up; while [ ! -e /go ]; do busybox sleep 0.1; done; cat /data /models/data | busybox wc -c";
+    let bundled = bundle(&host, "one", &["--mount-image", &models], &["/bin/sh", "-c", script]);
     if host.devices()[0]["transport"] != "ublk" {
         host.ublkimg(&["rm", "one"]).success();
         host.end();
         skip!("this kernel has no ublk, and a FUSE file goes with its server");
     }
+    // A root that was added, under somebody's own configuration.
+    let (root, own) = (host.root.join("root"), host.root.join("own"));
+    host.add("shell", &["--mount", root.to_str().unwrap(), "--overlay", "--name", "added"]).success();
+    let text = std::fs::read_to_string(bundled.join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    config["root"]["path"] = root.to_str().unwrap().into();
+    config["process"]["args"][2] = script.replace(" /models/data", "").into();
+    for ours in ["hooks", "annotations"] {
+        config.as_object_mut().unwrap().remove(ours);
+    }
+    std::fs::create_dir(&own).unwrap();
+    std::fs::write(own.join("config.json"), config.to_string()).unwrap();
     for program in runtimes() {
-        let running = host.root.join("run/leases/one/c1");
-        let go = directory.join("rootfs/go");
-        std::thread::scope(|scope| {
-            let container = scope.spawn(|| succeeds(&host, program, &directory, "c1"));
-            wait_until("the root is leased", || running.exists());
-            wait_until("the image is attached", || host.devices().len() == 2);
-            let servers = ublkimg_tests::leaks::processes_of(host.root.path());
-            let server = servers.iter().find(|process| process.contains("--server")).unwrap();
-            let (id, _command) = server.split_once(' ').unwrap();
-            assert!(Command::new("kill").args(["-9", id]).status().unwrap().success());
-            std::fs::write(&go, "").unwrap();
-            assert_eq!(container.join().unwrap(), "2097152\n", "{program}");
-        });
-        std::fs::remove_file(&go).unwrap();
+        for (directory, root, said) in [(&bundled, &bundled.join("rootfs"), "2097152\n"), (&own, &root, "1048576\n")] {
+            let (up, go) = (root.join("up"), root.join("go"));
+            std::thread::scope(|scope| {
+                let container = scope.spawn(|| succeeds(&host, program, directory, "c1"));
+                wait_until("the container runs", || up.exists());
+                host.kill_server();
+                std::fs::write(&go, "").unwrap();
+                assert_eq!(container.join().unwrap(), said, "{program}");
+            });
+            std::fs::remove_file(&up).unwrap();
+            std::fs::remove_file(&go).unwrap();
+        }
     }
     host.ublkimg(&["rm", "one"]).success();
     host.end();

@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use ublkimg_tests::command::{ublkimg, ublkimg_path};
@@ -135,6 +136,34 @@ fn a_container_that_lives_keeps_its_root() {
         let name = fixture.host.devices()[0]["name"].as_str().unwrap().to_owned();
         fixture.host.ublkimg(&["rm", &name]).refused(9, &[&name, "c1"]);
         fixture.succeeds(&["delete", "--force", "c1"]);
+        fixture.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_container_survives_a_crash_of_the_daemon() {
+    if !Path::new("/dev/ublk-control").exists() {
+        skip!("this kernel has no ublk, and a FUSE file goes with its server");
+    }
+    Fixture::each(|fixture| {
+        let bundle = fixture.bundle.display().to_string();
+        let script = "echo > /up; while [ ! -e /go ]; do busybox sleep 0.1; done; busybox wc -c < /data";
+        fixture.configure(&fixture.host.registry.reference("shell", "v1"), &["/bin/sh", "-c", script]);
+        let root = fixture.bundle.join("ublkimg-rootfs");
+        std::thread::scope(|scope| {
+            let container = scope.spawn(|| fixture.succeeds(&["run", "-b", &bundle, "c1"]));
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while !root.join("up").exists() {
+                assert!(Instant::now() < deadline, "the container never ran");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            fixture.host.kill_server();
+            std::fs::write(root.join("go"), "").unwrap();
+            assert_eq!(container.join().unwrap(), "1048576\n", "{}", fixture.program);
+        });
+        if fixture.is_apart {
+            fixture.call(&["delete", "--force", "c1"]);
+        }
         fixture.nothing_is_left();
     });
 }

@@ -91,7 +91,7 @@ fi
 full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-giveup" "$where-takeover" "$where-service" "$where-rights" "$where-corrupt" "$where-latency" "$where-profile" "$where-verity" "$where-soak" "$where-kills")
 # The workspace's own tests of devices. On a host with ublk cargo has run them already.
 test_lanes=()
-[[ $where == host ]] || test_lanes=(uml-test-ublk uml-test-processes uml-test-cli_add uml-test-cli_daemon uml-test-cli_cache uml-test-cli_bundle uml-test-cli_warm)
+[[ $where == host ]] || test_lanes=(uml-test-ublk uml-test-processes uml-test-cli_add uml-test-cli_daemon uml-test-cli_cache uml-test-cli_bundle uml-test-cli_runtime uml-test-cli_warm)
 if [[ $where == uml ]] && ! kernel=$("$here/run-uml.sh" --find-kernel 2>&1); then
   for name in "${test_lanes[@]}" "${full_lanes[@]}" uml-demo-image; do
     ! is_wanted "$name" || report SKIP "$name:" "${kernel#run-uml.sh: }"
