@@ -25,7 +25,7 @@ SIMULATION_SEEDS := 2000
 N := 500
 MINUTES := 60
 
-.PHONY: broken package reboot podman deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-build fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert bench-convert-wheels debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
+.PHONY: broken package reboot podman recipes deb simulation bench bench-ab powercut faults kills soak build programs deps fmt clippy deny doc unit fuzz fuzz-build fuzz-long guest-tests lanes lanes-full test test-full simulate bench-convert bench-convert-wheels debian-images demo demo-vm starts starts-vm pictures docs uml-kernel clean-caches
 
 build: deps ## the program, for use: target/release/ublkimg
 	env -u RUSTFLAGS cargo build --locked --release -p ublkimg
@@ -138,12 +138,13 @@ test: deps ## everything that must hold; some twenty minutes on two cores, most 
 	@tests/all.sh $(LANES)
 
 test-full: export UBLKIMG_STACKS := 400
-test-full: ## and what takes long: broken builds, the package in a clean root and on a system that reboots, podman, the whole demo image on the stock kernels, ten times as many stacks of layers
+test-full: ## and what takes long: broken builds, the package in a clean root and on a system that reboots, podman, docker and Slurm, the whole demo image on the stock kernels, ten times as many stacks of layers
 	@$(MAKE) --no-print-directory debian-images
 	@$(MAKE) --no-print-directory broken
 	@$(MAKE) --no-print-directory package
 	@$(MAKE) --no-print-directory reboot
 	@$(MAKE) --no-print-directory podman
+	@$(MAKE) --no-print-directory recipes
 	@$(MAKE) --no-print-directory test LANES=lanes-full
 
 package: deb programs ## installs the package in a clean Debian root, uses it there as docs/tutorial.md says, and purges it; two minutes
@@ -151,6 +152,9 @@ package: deb programs ## installs the package in a clean Debian root, uses it th
 
 reboot: deb programs ## a Debian system with the package that reboots in an emulated machine; docs/testing.md; ten minutes
 	@tests/vm/reboot.sh target/vm $(PACKAGE) $(BIN)
+
+recipes: programs ## runs the recipes for docker and Slurm in a clean Debian root; three minutes
+	@tests/recipes.sh target/debian-images $(BIN)
 
 podman: programs ## runs the recipes for podman; skipped where there is none
 	@tests/podman.sh $(BIN)
