@@ -98,8 +98,8 @@ unit: deps
 	cargo test --workspace $(PROFILE)
 
 # From the seeds alone, so it starts the same everywhere.
-fuzz: deps
-	@UBLKIMG_FUZZ_FRESH=1 fuzz/run.sh --seconds 10
+fuzz: deps ## fuzzes each target for ten SECONDS, from its seeds
+	@UBLKIMG_FUZZ_FRESH=1 fuzz/run.sh --seconds $(or $(SECONDS),10)
 
 fuzz-build: deps
 	@fuzz/run.sh --build
