@@ -209,6 +209,34 @@ fn a_registry_that_is_away_is_needed_by_nothing_but_reads() {
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
 }
 
+/// With `--on-timeout hold` a read outlasts any `--io-timeout`; `eio`, the default, is beside it.
+#[test]
+fn a_read_that_is_held_waits_beyond_its_time_limit() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    for (on_timeout, is_held) in [("eio", false), ("hold", true)] {
+        let host = Host::with_sample();
+        let mount = host.root.join("mnt");
+        let options = ["--mount", mount.to_str().unwrap(), "--profile", "none", "--io-timeout", "1s"];
+        host.add("sample", &[&options[..], &["--on-timeout", on_timeout]].concat()).success();
+        host.registry.set_fault("down", Fault::new("*", Toxic::Refuse));
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| std::fs::read(mount.join("data/prose")));
+            if is_held {
+                std::thread::sleep(Duration::from_secs(4));
+                assert!(!reader.is_finished(), "it gave up");
+                host.registry.clear_fault("down");
+            }
+            match reader.join().unwrap() {
+                Ok(bytes) => assert!(is_held && !bytes.is_empty()),
+                Err(error) => assert!(!is_held && error.raw_os_error() == Some(5), "{on_timeout}: {error}"),
+            }
+        });
+        host.end();
+    }
+}
+
 /// What `add` refuses, with code and name, and that it leaves neither device nor mount.
 #[test]
 fn bad_input() {
