@@ -134,7 +134,7 @@ lanes: guest-tests ## tests on kernels with ublk, in guests where the host has n
 lanes-full: guest-tests
 	@tests/vm/lanes.sh --bin $(BIN) --full
 
-test: deps ## everything that must hold; some twenty minutes on two cores, most of them compiling
+test: deps ## everything that must hold; less than half an hour on two cores, most of them compiling
 	@tests/all.sh $(LANES)
 
 test-full: export UBLKIMG_STACKS := 400

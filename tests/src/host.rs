@@ -31,6 +31,19 @@ pub fn lacking() -> Option<&'static str> {
     }
 }
 
+/// Returns when that is so.
+///
+/// # Panics
+///
+/// It is not within a minute.
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// See the module. Methods panic when something does not work that should.
 pub struct Host {
     /// All that the test makes lies below.

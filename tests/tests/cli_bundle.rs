@@ -4,11 +4,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use ublkimg_tests::command::ublkimg_path;
-use ublkimg_tests::host::Host;
+use ublkimg_tests::host::{Host, wait_until};
 use ublkimg_tests::skip;
 
 /// The runtimes that are here.
@@ -63,14 +62,6 @@ fn start(host: &Host, program: &str, bundle: &Path, id: &str) -> Child {
     let mut command = runtime(host, program);
     command.arg("run").arg("-b").arg(bundle).arg(id).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command.spawn().unwrap()
-}
-
-fn wait_until(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !is_so() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 fn bundle(host: &Host, name: &str, options: &[&str], command: &[&str]) -> PathBuf {

@@ -6,12 +6,12 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 use ublkimg_image::Trace;
 use ublkimg_tests::command::ublkimg_path;
-use ublkimg_tests::host::{self, Host};
+use ublkimg_tests::host::{self, Host, wait_until};
 use ublkimg_tests::leaks;
 use ublkimg_tests::oci_layout::{Compression, Layer, OciLayout};
 use ublkimg_tests::registry::{Auth, Fault, Toxic};
@@ -66,14 +66,6 @@ fn trace(file: &Path) -> Trace {
 fn kept(host: &Host) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(host.root.join("store/traces")).unwrap().map(|entry| entry.unwrap().path());
     entries.filter(|path| path.extension().is_some_and(|extension| extension == "trace")).collect()
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !is_so() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 #[test]
@@ -246,9 +238,7 @@ fn a_killed_server_costs_the_end_of_a_recording() {
     wait_until("three first reads are in the log", || {
         status(&host, "data-v1")["start"]["recording"]["entries"].as_u64().unwrap() >= 3
     });
-    let all = leaks::processes_of(host.root.path());
-    let server = all.iter().find(|process| process.contains("--server")).unwrap().split(' ').next().unwrap().to_owned();
-    assert!(Command::new("kill").args(["-9", &server]).status().unwrap().success());
+    host.kill_server();
     wait_until("the next server keeps what was recorded", || kept(&host).len() == 1);
     assert!(trace(&kept(&host)[0]).blocks() >= 3);
     if !Path::new("/dev/ublk-control").exists() {

@@ -4,11 +4,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use ublkimg_tests::command::{ublkimg, ublkimg_path};
-use ublkimg_tests::host::Host;
+use ublkimg_tests::host::{Host, wait_until};
 use ublkimg_tests::skip;
 
 /// A host with a bundle that has no root, and a runtime behind ours.
@@ -152,11 +151,7 @@ fn a_container_survives_a_crash_of_the_daemon() {
         let root = fixture.bundle.join("ublkimg-rootfs");
         std::thread::scope(|scope| {
             let container = scope.spawn(|| fixture.succeeds(&["run", "-b", &bundle, "c1"]));
-            let deadline = Instant::now() + Duration::from_secs(60);
-            while !root.join("up").exists() {
-                assert!(Instant::now() < deadline, "the container never ran");
-                std::thread::sleep(Duration::from_millis(20));
-            }
+            wait_until("the container runs", || root.join("up").exists());
             fixture.host.kill_server();
             std::fs::write(root.join("go"), "").unwrap();
             assert_eq!(container.join().unwrap(), "1048576\n", "{}", fixture.program);

@@ -4,10 +4,9 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use ublkimg_tests::host::{self, Host};
+use ublkimg_tests::host::{self, Host, wait_until};
 use ublkimg_tests::leaks;
 use ublkimg_tests::oci_layout::{Compression, Layer, OciLayout};
 use ublkimg_tests::registry::{Auth, LinkConfig};
@@ -83,14 +82,6 @@ fn warmers(host: &Host) -> Vec<i32> {
     let all = leaks::processes_of(host.root.path());
     let warmers = all.iter().filter(|process| process.contains(" mount-helper "));
     warmers.map(|process| process.split(' ').next().unwrap().parse().unwrap()).collect()
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !is_so() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
 }
 
 #[test]
