@@ -111,7 +111,8 @@ fn fill(cache: &DockerRegistry, registry: &TestRegistry, repository: &str) {
         // It keeps a blob a moment after it has sent it, and who asks while it moves the blob into its place is told 500.
         host::wait_until(&format!("{digest} is kept"), || {
             let before = registry.stats().requests_of("blob_get");
-            get(&format!("/v2/{repository}/blobs/{digest}")) == 200 && registry.stats().requests_of("blob_get") == before
+            get(&format!("/v2/{repository}/blobs/{digest}")) == 200
+                && registry.stats().requests_of("blob_get") == before
         });
     }
 }
