@@ -17,7 +17,7 @@ use ublkimg_image::{BLOCK_SIZE, CHUNK_BYTES, Chunk, Sha256};
 use ublkimg_scheduler::{BlobKind, ChunkKey, Class};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::fetch::{CopyJob, Order, Outcome, Progress, Source, name_of, tell};
+use crate::fetch::{CopyJob, FetchJob, Order, Outcome, Progress, Source, name_of, tell};
 use crate::store::{BlobFile, ChunkPlace, Store};
 
 /// Threads, if the machine has as many processors. A core verifies and decodes some 300 MB/s.
@@ -39,17 +39,17 @@ const COST_KIB_MIN: u32 = 16;
 /// Where the blocks of a chunk come from.
 #[derive(Debug)]
 pub(crate) enum Content {
-    /// From its frame, which has arrived.
-    Stored(Bytes),
-    /// From another blob; `order`, of this chunk, is given back if it is not there.
-    Copy { place: ChunkPlace, order: Order },
+    /// From its frame, which has arrived; `others` have it too.
+    Stored { frame: Bytes, others: Vec<Arc<Source>> },
+    /// From another blob; the order is given back if it is not there.
+    Copy(ChunkPlace),
 }
 
 /// A chunk that has arrived, or is to be copied.
 #[derive(Debug)]
 pub(crate) struct DecodeJob {
-    pub(crate) chunk: ChunkKey,
-    pub(crate) class: Class,
+    /// Of this one chunk.
+    pub(crate) order: Order,
     pub(crate) kind: BlobKind,
     pub(crate) content: Content,
     pub(crate) file: Arc<BlobFile>,
@@ -59,9 +59,11 @@ pub(crate) struct DecodeJob {
 impl DecodeJob {
     pub(crate) fn copy(job: CopyJob) -> Self {
         let CopyJob { order, place, file, source } = job;
-        let chunk = ChunkKey { blob: order.blob, chunk: order.chunks.start };
-        let (class, kind) = (order.class, BlobKind::Layer);
-        Self { chunk, class, kind, content: Content::Copy { place, order }, file, source }
+        Self { order, kind: BlobKind::Layer, content: Content::Copy(place), file, source }
+    }
+
+    pub(crate) fn chunk(&self) -> ChunkKey {
+        ChunkKey { blob: self.order.blob, chunk: self.order.chunks.start }
     }
 }
 
@@ -91,13 +93,13 @@ impl Lane {
 impl DecodeQueue {
     /// Waits for room. False when the decoders are gone.
     pub(crate) async fn push(&self, job: DecodeJob) -> bool {
-        let lane = match job.class {
+        let lane = match job.order.class {
             Class::Demand => &self.demand,
             Class::Trace | Class::ReadAhead | Class::Fill => &self.ahead,
         };
         let len_bytes = match &job.content {
-            Content::Stored(stored) => stored.len(),
-            Content::Copy { .. } => 0,
+            Content::Stored { frame, .. } => frame.len(),
+            Content::Copy(_) => 0,
         };
         // The index bounds a stored chunk to 260 KiB.
         let cost_kib = u32::try_from(len_bytes.div_ceil(1024)).unwrap_or(u32::MAX).max(COST_KIB_MIN);
@@ -169,7 +171,7 @@ fn decode_loop(
         let Ok((job, share)) = job else { return };
         let Ok(decoder) = &mut decoder else {
             tracing::error!("fetch: no zstd decoder can be made");
-            tell(progress, Progress::Ended { chunk: job.chunk, outcome: Outcome::Failed(libc::EIO) });
+            tell(progress, Progress::Ended { chunk: job.chunk(), outcome: Outcome::Failed(libc::EIO) });
             continue;
         };
         end(job, decoder, &mut raw, progress, store);
@@ -185,30 +187,37 @@ pub(crate) fn end(
     progress: &Sender<Progress>,
     store: &Weak<Store>,
 ) {
-    let chunk = job.chunk;
+    let chunk = job.chunk();
     let news = match &job.content {
-        Content::Stored(stored) => {
-            let stored = store_chunk(&job, stored, decoder, raw);
-            let outcome = stored.map_or_else(|error| failure(&job, &error), |()| Outcome::Stored);
-            Progress::Ended { chunk, outcome }
-        }
-        Content::Copy { place, .. } if is_copied(&job, place, store, raw) => {
+        Content::Stored { frame, others } => match store_chunk(&job, frame, decoder, raw) {
+            Ok(()) => Progress::Ended { chunk, outcome: Outcome::Stored },
+            Err(error) => failure(&job, others, &error),
+        },
+        Content::Copy(place) if is_copied(&job, place, store, raw) => {
             Progress::Ended { chunk, outcome: Outcome::Stored }
         }
-        Content::Copy { order, .. } => Progress::Again(order.clone()),
+        Content::Copy(_) => Progress::Again(job.order.clone()),
     };
     // Its bytes are not needed any more.
     drop(job);
     tell(progress, news);
 }
 
-fn failure(job: &DecodeJob, error: &Error) -> Outcome {
-    let (what, chunk) = (name_of(job.kind), job.chunk.chunk);
-    tracing::error!("fetch: blob {} {what} {chunk}: {}", job.source.blob, error.chain());
-    match error.kind() {
-        ErrorKind::Corrupt => Outcome::Refused(error.errno()),
-        _ => Outcome::Failed(error.errno()),
+/// Who sent wrong bytes is not asked again, but everybody else is.
+fn failure(job: &DecodeJob, others: &[Arc<Source>], error: &Error) -> Progress {
+    let (what, chunk) = (name_of(job.kind), job.chunk());
+    tracing::error!("fetch: blob {} {what} {}: {}", job.source.blob, chunk.chunk, error.chain());
+    if error.kind() != ErrorKind::Corrupt {
+        return Progress::Ended { chunk, outcome: Outcome::Failed(error.errno()) };
     }
+    let sources: Vec<_> = job.source.without_mirrors().into_iter().chain(others.iter().cloned()).collect();
+    if sources.is_empty() {
+        return Progress::Ended { chunk, outcome: Outcome::Refused(error.errno()) };
+    }
+    // Something was heard, so the read deadline begins anew.
+    let order = Order { since: Instant::now(), ..job.order.clone() };
+    let rest = FetchJob { order, kind: job.kind, file: Arc::clone(&job.file), sources };
+    Progress::Wrong { from: Arc::clone(&job.source), rest }
 }
 
 fn store_chunk(
@@ -217,7 +226,7 @@ fn store_chunk(
     decoder: &mut zstd::bulk::Decompressor<'_>,
     raw: &mut Vec<u8>,
 ) -> Result<()> {
-    let chunk = job.source.index.chunk(job.chunk.chunk);
+    let chunk = job.source.index.chunk(job.order.chunks.start);
     let counters = &job.source.counters;
     let began = Instant::now();
     if let Err(error) = decode(&chunk, stored, decoder, raw) {
@@ -238,7 +247,7 @@ fn store_chunk(
 /// Copies a chunk from another blob if it can be had there; else its place is forgotten.
 fn is_copied(job: &DecodeJob, place: &ChunkPlace, store: &Weak<Store>, raw: &mut Vec<u8>) -> bool {
     let Some(store) = store.upgrade() else { return false };
-    let chunk = job.source.index.chunk(job.chunk.chunk);
+    let chunk = job.source.index.chunk(job.order.chunks.start);
     let copied = copy_chunk(job, &chunk, place, &store, raw);
     if let Err(error) = &copied {
         tracing::warn!("store: chunk {} is fetched though another blob has it: {}", chunk.id.0, error.chain());

@@ -7,9 +7,9 @@
 //! Trouble with the network is waited out here, until the read deadline of the image that the bytes are fetched for: so
 //! long nothing may come. The registry crate retries each request on its own for a shorter time, so an outage shows here
 //! as one slow failure after another. Images that have the same blob take turns: an outage of one registry does not hold
-//! up a chunk that another one has. What has arrived is never asked for again, whoever sent it. A source that answers for
-//! certain (not found, not allowed, not these bytes) is not asked again; when none is left, the chunks that did not
-//! arrive have failed.
+//! up a chunk that another one has. A chunk that has arrived whole is never asked for again, unless it was not the right
+//! one: then the others are asked for it. A source that answers for certain (not found, not allowed, not these bytes) is
+//! not asked again; when none is left, the chunks that did not arrive have failed.
 //!
 //! Nothing here is without a bound: the scheduler bounds what is asked for, each order holds less than two pieces of its
 //! answer, and [`crate::decode`] bounds what has arrived.
@@ -49,7 +49,7 @@ const PAUSE_MIN: Duration = Duration::from_millis(200);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// Where the chunks of a blob can be had: an attached image's repository.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Source {
     pub(crate) repository: Repository,
     /// The blob there.
@@ -61,6 +61,14 @@ pub(crate) struct Source {
     pub(crate) counters: Arc<ImageCounters>,
     /// Its sender lives as long as the image is attached.
     pub(crate) attached: watch::Receiver<()>,
+}
+
+impl Source {
+    /// After wrong bytes that may be a mirror's: the same, which is asked without them.
+    pub(crate) fn without_mirrors(&self) -> Option<Arc<Self>> {
+        let repository = self.repository.distrust_mirrors(&self.blob)?;
+        Some(Arc::new(Self { repository, ..self.clone() }))
+    }
 }
 
 /// What the scheduler wants.
@@ -85,6 +93,20 @@ pub(crate) struct FetchJob {
     pub(crate) sources: Vec<Arc<Source>>,
 }
 
+impl FetchJob {
+    /// A chunk of it, whose frame a source has sent.
+    pub(crate) fn arrived(&self, chunk: u32, frame: Bytes, source: &Arc<Source>) -> DecodeJob {
+        let others = self.sources.iter().filter(|other| !Arc::ptr_eq(other, source)).cloned().collect();
+        DecodeJob {
+            order: Order { chunks: chunk..chunk + 1, ..self.order.clone() },
+            kind: self.kind,
+            content: Content::Stored { frame, others },
+            file: Arc::clone(&self.file),
+            source: Arc::clone(source),
+        }
+    }
+}
+
 /// An order of one chunk that another blob has.
 #[derive(Debug)]
 pub(crate) struct CopyJob {
@@ -103,6 +125,8 @@ pub(crate) enum Progress {
     Arrived(ChunkKey),
     /// The last news of a chunk.
     Ended { chunk: ChunkKey, outcome: Outcome },
+    /// A chunk of `from` is not what its name says; `rest` have it too.
+    Wrong { from: Arc<Source>, rest: FetchJob },
     /// These chunks did not arrive: the images that they were fetched for were removed, or they are not where they were
     /// to be copied from.
     Again(Order),
@@ -183,7 +207,8 @@ impl Spawner {
         }
         let (decoders, progress) = (self.decoders.clone(), self.progress.clone());
         self.runtime.spawn(async move {
-            let mut download = Download { job, decoders, progress, frame: BytesMut::new(), begun: false, wait: None };
+            let (frame, frame_of) = (BytesMut::new(), None);
+            let mut download = Download { job, decoders, progress, frame, frame_of, begun: false, wait: None };
             let outcome = download.read_from_any().await;
             download.finish(outcome);
         });
@@ -198,7 +223,7 @@ impl Spawner {
 
 /// Gives a job to the decoders, when there is room.
 async fn hand_over(decoders: &DecodeQueue, job: DecodeJob, progress: &Sender<Progress>) {
-    let chunk = job.chunk;
+    let chunk = job.chunk();
     if !decoders.push(job).await {
         tell(progress, Progress::Ended { chunk, outcome: Outcome::Failed(libc::EIO) });
     }
@@ -209,8 +234,10 @@ struct Download {
     job: FetchJob,
     decoders: DecodeQueue,
     progress: Sender<Progress>,
-    /// What there is of the first of them.
+    /// What there is of the first of them, and who sent it: a frame comes from one source, so that it is known who sent a
+    /// wrong one.
     frame: BytesMut,
+    frame_of: Option<Arc<Source>>,
     begun: bool,
     /// While the registry does not answer.
     wait: Option<Wait>,
@@ -258,11 +285,7 @@ impl Download {
                 match trouble {
                     Trouble::Later => unavailable.push(source),
                     Trouble::Removed => {}
-                    Trouble::Certain(certain) => {
-                        outcome = Some(certain);
-                        // Who does not have the whole chunk may not have the right one.
-                        self.frame.clear();
-                    }
+                    Trouble::Certain(certain) => outcome = Some(certain),
                 }
                 if self.job.order.chunks.len() < left {
                     pause = PAUSE_MIN;
@@ -299,7 +322,8 @@ impl Download {
         get: &mut Get,
     ) -> Result<(), Trouble> {
         let chunks = self.job.order.chunks.clone();
-        let start = source.index.chunk(chunks.start).stored.start + self.frame.len() as u64;
+        let there = if self.has_begun_frame(source) { self.frame.len() as u64 } else { 0 };
+        let start = source.index.chunk(chunks.start).stored.start + there;
         let range = start..source.index.chunk(chunks.end - 1).stored.end;
         source.counters.registry_requests.fetch_add(1, Ordering::Relaxed);
         let mut answer = source.repository.blob_stream(&source.blob, range);
@@ -333,15 +357,24 @@ impl Download {
         Ok(())
     }
 
+    /// Whether what there is of a frame is this source's.
+    fn has_begun_frame(&self, source: &Arc<Source>) -> bool {
+        self.frame_of.as_ref().is_some_and(|of| Arc::ptr_eq(of, source))
+    }
+
     /// Cuts what came into frames, and hands over those that are whole. Waits while too much is not decoded yet.
     async fn take(&mut self, source: &Arc<Source>, mut piece: Bytes) {
+        if !self.has_begun_frame(source) {
+            self.frame.clear();
+            self.frame_of = Some(Arc::clone(source));
+        }
         while !piece.is_empty() && !self.job.order.chunks.is_empty() {
             let index = self.job.order.chunks.start;
             let stored = source.index.chunk(index).stored;
             // The index bounds a stored chunk to 260 KiB.
             let len_bytes = usize::try_from(stored.end - stored.start).unwrap_or(usize::MAX);
             let part = piece.split_to((len_bytes - self.frame.len()).min(piece.len()));
-            let stored = if part.len() == len_bytes {
+            let frame = if part.len() == len_bytes {
                 part
             } else {
                 self.frame.reserve(len_bytes - self.frame.len());
@@ -354,9 +387,7 @@ impl Download {
             self.job.order.chunks.start += 1;
             let chunk = ChunkKey { blob: self.job.order.blob, chunk: index };
             tell(&self.progress, Progress::Arrived(chunk));
-            let (file, source) = (Arc::clone(&self.job.file), Arc::clone(source));
-            let content = Content::Stored(stored);
-            let job = DecodeJob { chunk, class: self.job.order.class, kind: self.job.kind, content, file, source };
+            let job = self.job.arrived(index, frame, source);
             hand_over(&self.decoders, job, &self.progress).await;
         }
     }

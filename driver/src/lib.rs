@@ -42,6 +42,8 @@ mod tests;
 pub mod trace_file;
 pub mod verity;
 pub mod warm;
+#[cfg(test)]
+mod wrong_source_tests;
 
 pub use attach::{AttachOptions, KeptProfile, LoadedImage, LoadedProfile, ProfileSource, attach, reopen};
 pub use counters::{ImageCounters, ImageStatistics};

@@ -2,7 +2,7 @@
 //!
 //! A mirror gets one attempt, and whatever it answers instead of the bytes, the next one is asked at once; only the registry
 //! itself is worth waiting for. A mirror that lacks a blob is not asked for that blob again, one that failed is not asked for
-//! anything, for a minute. What is written, and what is read in order to be written, goes to the registry alone: a mirror may
+//! anything, for a minute. Nor is any mirror asked for a blob of which wrong bytes came: nobody knows who sent them. What is written, and what is read in order to be written, goes to the registry alone: a mirror may
 //! be behind. Each place has credentials and connections of its own; nothing of one is shown to another.
 
 use std::collections::HashMap;
@@ -73,6 +73,12 @@ impl Mirrored {
     /// The same repository without its mirrors.
     pub(crate) fn without_mirrors(&self) -> Self {
         Self { mirrors: Vec::new(), registry: Arc::clone(&self.registry) }
+    }
+
+    /// Asks no mirror for this blob, for a while; false when there is none.
+    pub(crate) fn distrust(&self, digest: &Digest) -> bool {
+        self.mirrors.iter().for_each(|mirror| mirror.lacks(*digest));
+        !self.mirrors.is_empty()
     }
 
     pub(crate) async fn resolve(&self) -> Result<Resolved> {
@@ -199,22 +205,25 @@ impl Mirror {
         answer.map_err(|error| self.failed(digest, &error)).ok()
     }
 
+    /// It is not asked for this blob for a while.
+    fn lacks(&self, digest: Digest) {
+        self.memory(|memory| {
+            if memory.absent_until.len() >= ABSENT_MAX {
+                memory.absent_until.clear();
+            }
+            memory.absent_until.insert(digest, Instant::now() + REST);
+        });
+    }
+
     fn failed(&self, digest: Option<&Digest>, error: &Error) {
-        let until = Instant::now() + REST;
         if error.kind() == ErrorKind::NotFound {
             tracing::debug!("mirror: {error}");
-            let Some(digest) = digest else { return };
-            return self.memory(|memory| {
-                if memory.absent_until.len() >= ABSENT_MAX {
-                    memory.absent_until.clear();
-                }
-                memory.absent_until.insert(*digest, until);
-            });
+            return digest.into_iter().for_each(|digest| self.lacks(*digest));
         }
         if self.is_awake() {
             tracing::warn!("a mirror is not asked for {} s: {error}", REST.as_secs());
         }
-        self.memory(|memory| memory.rests_until = Some(until));
+        self.memory(|memory| memory.rests_until = Some(Instant::now() + REST));
     }
 
     fn memory<T>(&self, look: impl FnOnce(&mut Memory) -> T) -> T {

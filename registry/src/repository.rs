@@ -81,6 +81,16 @@ impl Repository {
         }
     }
 
+    /// To be called when bytes of a blob are not what somebody vouches for, and a mirror may have sent them: no mirror is asked
+    /// for this blob for a minute. The same repository without its mirrors, which is worth asking then; `None` without mirrors.
+    #[must_use]
+    pub fn distrust_mirrors(&self, digest: &Digest) -> Option<Self> {
+        match &self.0 {
+            Inner::Layout(_) => None,
+            Inner::Remote(remote) => remote.distrust(digest).then(|| self.without_mirrors()),
+        }
+    }
+
     /// The manifest or index that the location names: one request to a registry.
     ///
     /// # Errors

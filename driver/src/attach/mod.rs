@@ -347,25 +347,43 @@ impl<'a> Attaching<'a> {
         if let Some(blob) = self.stored(digest).await? {
             return Ok(blob);
         }
-        let what = || format!("fetch {what} {digest}");
+        let what = format!("fetch {what} {digest}");
+        let fetched = self.fetch_blob(&self.repository, &what, digest, size_bytes, &arriving).await;
+        let wrong = fetched.as_ref().err().filter(|error| error.kind() == ErrorKind::Corrupt);
+        let blob = match wrong.and_then(|error| Some((error, self.repository.distrust_mirrors(&digest)?))) {
+            Some((error, registry)) => {
+                tracing::warn!("{}; the registry itself is asked", error.chain());
+                self.fetch_blob(&registry, &what, digest, size_bytes, &arriving).await
+            }
+            None => fetched,
+        }?;
+        self.keep(digest, blob.clone()).await?;
+        Ok(blob)
+    }
+
+    async fn fetch_blob(
+        &self,
+        repository: &Repository,
+        what: &str,
+        digest: Digest,
+        size_bytes: u64,
+        arriving: &impl Fn(u64, Duration, Duration),
+    ) -> Result<Bytes> {
         let get = self.begin_get();
         let asked = Instant::now();
-        let reader = self.repository.blob(&digest, size_bytes).await;
-        let mut reader = reader.map_err(|error| Error::registry(what(), error))?;
+        let mut reader = repository.blob(&digest, size_bytes).await.map_err(|error| Error::registry(what, error))?;
         let (answered, round_trip) = (Instant::now(), asked.elapsed());
         let mut blob = Vec::new();
         // The reader ends at that size; it fails if the digest differs.
         while reader.read_buf(&mut blob).await.map_err(|error| match error.downcast() {
-            Ok(error) => Error::registry(what(), error),
-            Err(error) => Error::io(what(), error),
+            Ok(error) => Error::registry(what, error),
+            Err(error) => Error::io(what, error),
         })? > 0
         {
             arriving(blob.len() as u64, answered.elapsed(), round_trip);
         }
         self.end_get(get, blob.len());
-        let blob = Bytes::from(blob);
-        self.keep(digest, blob.clone()).await?;
-        Ok(blob)
+        Ok(Bytes::from(blob))
     }
 
     /// The last step: the blobs are made known to the engine, and the image can be read.

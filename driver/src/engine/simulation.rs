@@ -223,7 +223,7 @@ impl Life {
     fn decode(&self) {
         let taken = self.network.borrow_mut().take_arrived(&mut self.random.borrow_mut());
         let Some(job) = taken else { return };
-        let chunk = job.chunk;
+        let chunk = job.chunk();
         self.note(|| format!("decode {chunk:?}"));
         let progress = self.network.borrow().progress();
         let store = Arc::downgrade(&self.store);

@@ -30,7 +30,7 @@ struct Blob {
     kind: BlobKind,
     file: Arc<BlobFile>,
     withdrawn: Arc<Withdrawn>,
-    /// The images that have it, in the order in which they came.
+    /// The images that have it, in the order in which they came; those that sent wrong bytes are last.
     sources: Vec<(ImageKey, Arc<Source>)>,
 }
 
@@ -298,6 +298,12 @@ impl EngineThread {
                 }
                 let waiting = self.shared.over(chunk);
                 self.fetch_again(&waiting);
+            }
+            Progress::Wrong { from, rest } => {
+                if let Some(blob) = self.blobs.get_mut(&rest.order.blob) {
+                    blob.sources.sort_by_key(|(_, source)| Arc::ptr_eq(&source.counters, &from.counters));
+                }
+                (self.world.fetch)(rest);
             }
             // Another image may have come for the blob since the fetch began; otherwise this fails.
             Progress::Again(order) => {

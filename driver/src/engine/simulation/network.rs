@@ -9,7 +9,7 @@ use ublkimg_image::ChunkIndex;
 use ublkimg_scheduler::ChunkKey;
 
 use super::Life;
-use crate::decode::{Content, DecodeJob};
+use crate::decode::DecodeJob;
 use crate::fetch::{CopyJob, FetchJob, Outcome, Progress, tell};
 use crate::random::Random;
 use crate::store::BlobFile;
@@ -117,10 +117,8 @@ impl Network {
         }
         let job = &mut self.transfers[at].job;
         job.order.chunks.start += 1;
-        let (kind, file) = (job.kind, Arc::clone(&job.file));
         tell(&self.progress, Progress::Arrived(chunk));
-        let content = Content::Stored(stored(life, &file, chunk.chunk));
-        self.arrived.push_back(DecodeJob { chunk, class: order.class, kind, content, file, source });
+        self.arrived.push_back(job.arrived(chunk.chunk, stored(life, &job.file, chunk.chunk), &source));
         rest.len() == 1
     }
 }
