@@ -155,30 +155,38 @@ impl Server {
         let listener = listener::bind(&self.directories.socket())?;
         let handler = Arc::clone(&self);
         let terminated = terminated()?;
-        let watching = tokio::spawn(Arc::clone(&self).watch_read_ahead());
-        let keeping_room = tokio::spawn(cache::keep_room(Arc::clone(&self)));
-        let keeping = tokio::spawn(Arc::clone(&self).keep_links_fresh());
+        tokio::spawn(Arc::clone(&self).watch_read_ahead());
+        tokio::spawn(cache::keep_room(Arc::clone(&self)));
+        tokio::spawn(Arc::clone(&self).keep_links_fresh());
         tracing::info!(socket = %self.directories.socket().display(), "serving");
         tokio::select! {
             () = listener::serve(listener, move |request| Arc::clone(&handler).handle(request)) => {}
             () = terminated => {}
         }
-        if self.handed_over.load(Ordering::SeqCst) {
+        let exit_code = if self.handed_over.load(Ordering::SeqCst) {
             // Readers wait, and there is nothing left to do. The socket stays: to the guard we have not ended well.
-            std::process::exit(HANDED_OVER_EXIT_CODE);
-        }
-        let _ = std::fs::remove_file(self.directories.socket());
-        watching.abort();
-        keeping_room.abort();
-        keeping.abort();
-        let mut attached = std::mem::take(&mut *self.attached.lock());
+            HANDED_OVER_EXIT_CODE
+        } else {
+            let _ = std::fs::remove_file(self.directories.socket());
+            self.leave_devices();
+            0
+        };
+        // Not by returning: the engine that goes answers whoever waits with EIO, and queue threads would pass that on. What
+        // the kernel takes from a process that has ended waits for the next server.
+        std::process::exit(exit_code)
+    }
+
+    /// Keeps for the next server what only this one has.
+    fn leave_devices(&self) {
+        let mut attached = self.attached.lock();
         finish_all(&mut attached);
-        for (name, attached) in attached {
+        for name in attached.keys() {
             tracing::warn!(device = name, "left to the next server");
-            attached.device.abandon();
         }
         self.keep_links();
-        self.store.sync()
+        if let Err(error) = self.store.sync() {
+            tracing::warn!("what was fetched last may be fetched again after a power cut: {}", error.chain());
+        }
     }
 
     /// Keeps what is known of links. It is worth a few round trips of a later start: trouble is logged.
