@@ -6,11 +6,13 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use ublkimg_tests::command::ublkimg;
 use ublkimg_tests::fault_row::FaultRow;
 use ublkimg_tests::host::{self, Host};
-use ublkimg_tests::registry::{Auth, Credentials};
+use ublkimg_tests::registry::{Auth, Config, Credentials, Fault, TestRegistry, Toxic};
 use ublkimg_tests::sample_image::SampleImage;
 use ublkimg_tests::skip;
 
@@ -107,38 +109,142 @@ fn a_byte_that_changed_on_the_disk_is_found_and_fetched_again() {
     host.end();
 }
 
-/// Every file below the host's directories, save the one that the user wrote the secret into.
+/// A registry, and the storage that it sends readers to, at addresses with a signature.
+struct Secretive {
+    host: Host,
+    storage: TestRegistry,
+    said: Vec<String>,
+}
+
+impl Secretive {
+    /// Each has a word of its own in it, so that none is hidden by another.
+    const PASSWORD: &str = "hunter2-secret";
+    const WRONG: &str = "wr0ng-secret";
+    const IDENTITY: &str = "ident1ty-secret";
+    const OF_HELPER: &str = "h3lper-secret";
+    const HEADER: &str = "h3ader-secret";
+    const SIGNATURE: &str = "s1gnature-secret";
+    const TOKEN: &str = "t0ken-secret-";
+
+    fn new() -> Self {
+        let credentials = Credentials::new("user", Self::PASSWORD);
+        let host = Host::new(Auth::Bearer { credentials, anonymous_pull: false, token_lifetime_s: 60 });
+        SampleImage::default().write_layout(&host.root.join("source"), "v1").unwrap();
+        host.convert("source", "sample");
+        let storage = TestRegistry::start(Config::default()).unwrap();
+        storage.load_layout(&host.root.join("converted/sample"), Some("v1"), "sample", "v1").unwrap();
+        let hosts = format!("certs.d/{}/hosts.toml", host.registry.addr());
+        let secretive = Self { host, storage, said: Vec::new() };
+        secretive.file(&hosts, &format!("[header]\nX-Key = \"{}\"\n", Self::HEADER));
+        secretive
+    }
+
+    /// A file that the user has written, below the host's root.
+    fn file(&self, below: &str, text: &str) -> String {
+        let path = self.host.root.join(below);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    /// A file of credentials with this entry for the registry.
+    fn auth_file(&self, name: &str, entry: &str) -> String {
+        self.file(name, &format!(r#"{{"auths": {{"{}": {entry}}}}}"#, self.host.registry.addr()))
+    }
+
+    /// Runs a command that says all it can, and keeps what it says.
+    fn run(&mut self, code: i32, arguments: &[&str]) {
+        let path = format!("{}:{}", self.host.root.join("bin").display(), std::env::var("PATH").unwrap());
+        let command = ublkimg(self.host.root.path()).args(["--log", "trace"]).args(arguments).env("PATH", path);
+        let outcome = command.run();
+        assert_eq!(outcome.code, Some(code), "{arguments:?}: {}", outcome.stderr);
+        self.said.extend([outcome.stdout, outcome.stderr]);
+    }
+
+    /// Commands that fail with secrets at hand.
+    fn fail(&mut self) {
+        let reference = self.host.registry.reference("sample", "v1");
+        let wrong = STANDARD.encode(format!("user:{}", Self::WRONG));
+        let identity = format!(r#"{{"identitytoken": "{}"}}"#, Self::IDENTITY);
+        let helper = self.file("helped.json", r#"{"credsStore": "test"}"#);
+        for (code, file) in [
+            (4, self.auth_file("wrong.json", &format!(r#"{{"auth": "{wrong}"}}"#))),
+            (4, self.auth_file("identity.json", &identity)),
+            (2, self.auth_file("broken.json", &format!(r#"{{"auth": {{"{}": 1}}}}"#, Self::WRONG))),
+        ] {
+            self.run(code, &["inspect", "--auth-file", &file, &reference]);
+        }
+        for (code, end) in [(4, "}"), (2, "")] {
+            let answer = format!(r#"{{"Username":"user","Secret":"{}"{end}"#, Self::OF_HELPER);
+            let program = self.file("bin/docker-credential-test", &format!("#!/bin/sh\nread -r _\necho '{answer}'\n"));
+            std::fs::set_permissions(program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            self.run(code, &["inspect", "--auth-file", &helper, &reference]);
+        }
+    }
+
+    /// Reads everything with nothing in the store, well or with an error.
+    fn read(&self, dir: &Path, code: i32) {
+        self.host.ublkimg(&["cache", "gc", "--cache-limit", "0"]).success();
+        std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        let read = std::process::Command::new("cat").arg(dir.join("data/noise")).output().unwrap();
+        assert_eq!(read.status.code(), Some(code));
+    }
+
+    /// What was said, and every file that the program wrote.
+    fn written(&self) -> Vec<String> {
+        let files = ["store", "run", "written"].into_iter().flat_map(|below| files_below(&self.host.root.join(below)));
+        let files = files.map(|(_, bytes)| String::from_utf8_lossy(&bytes).into_owned());
+        files.chain(self.said.iter().cloned()).collect()
+    }
+}
+
 #[test]
 fn no_secret_is_written_anywhere() {
     if let Some(reason) = host::lacking() {
         skip!("{reason}");
     }
-    let credentials = Credentials::new("user", "hunter2-secret");
-    let host = Host::new(Auth::Bearer { credentials, anonymous_pull: false, token_lifetime_s: 60 });
-    SampleImage::default().write_layout(&host.root.join("source"), "v1").unwrap();
-    host.convert("source", "sample");
-    let basic = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, "user:hunter2-secret");
-    let auth_file = host.root.join("auth.json");
-    std::fs::write(&auth_file, format!(r#"{{"auths": {{"{}": {{"auth": "{basic}"}}}}}}"#, host.registry.addr()))
-        .unwrap();
-    let dir = host.root.join("mnt-sample");
-    let arguments = ["--mount", dir.to_str().unwrap(), "--auth-file", auth_file.to_str().unwrap()];
-    let added = ublkimg(host.root.path()).args(["--log", "trace", "add", &host.registry.reference("sample", "v1")]);
-    let added = added.args(arguments).run().success();
-    assert!(!read_all(&dir).is_empty());
-    let status = host.ublkimg(&["status", "--json", dir.to_str().unwrap()]).success();
-    let mut texts = vec![added.stdout, added.stderr, status.stdout];
-    for below in ["store", "run"] {
-        texts.extend(
-            files_below(&host.root.join(below)).iter().map(|(_, bytes)| String::from_utf8_lossy(bytes).into_owned()),
-        );
+    let mut here = Secretive::new();
+    here.fail();
+    let basic = STANDARD.encode(format!("user:{}", Secretive::PASSWORD));
+    let auth_file = here.auth_file("auth.json", &format!(r#"{{"auth": "{basic}"}}"#));
+    let dir = here.host.root.join("mnt-sample");
+    let mount = dir.to_str().unwrap().to_owned();
+    let reference = here.host.registry.reference("sample", "v1");
+    here.run(0, &["add", &reference, "--mount", &mount, "--auth-file", &auth_file, "--read-timeout", "5s"]);
+    here.read(&dir, 0);
+
+    let to = format!("http://{}?signature={}", here.storage.addr(), Secretive::SIGNATURE);
+    here.host.registry.set_fault("redirect", Fault::new("/v2/*/blobs/*", Toxic::Redirect { to }));
+    here.read(&dir, 0);
+    here.storage.set_fault("expired", Fault::new("*", Toxic::Status { code: 403 }));
+    here.read(&dir, 1);
+    here.host.registry.set_fault("refused", Fault::new("*", Toxic::Status { code: 401 }));
+    // Soon after a read that failed, others fail without a question.
+    host::wait_until("a read that the registry refuses", || {
+        here.read(&dir, 1);
+        here.host.registry.fault_hits("refused") > 0
+    });
+    assert!(here.storage.fault_hits("expired") > 0);
+    here.run(4, &["inspect", "--auth-file", &auth_file, &reference]);
+    here.host.registry.clear_faults();
+
+    std::fs::create_dir(here.host.root.join("written")).unwrap();
+    let [events, page] = ["events", "start.html"].map(|name| here.host.root.join("written").join(name));
+    here.run(0, &["status", "--json", &mount]);
+    here.run(0, &["status", "--events", events.to_str().unwrap(), &mount]);
+    here.run(0, &["report", &mount, "-o", page.to_str().unwrap(), "--auth-file", &auth_file]);
+    for command in [&["ls"][..], &["ls", "--json"], &["metrics"], &["cache", "ls", "--json"]] {
+        here.run(0, command);
     }
-    assert!(texts.iter().any(|text| text.contains("registry")), "the log is among them");
-    for secret in ["hunter2-secret", &basic, "Bearer token-"] {
-        let holds = texts.iter().find(|text| text.contains(secret));
-        assert!(holds.is_none(), "{secret} in {:?}", holds.map(|text| text.chars().take(300).collect::<String>()));
+    assert!(here.host.log().contains(&here.host.registry.addr().to_string()), "the log says what is asked of whom");
+    let written = here.written();
+    let [wrong, helper] = [Secretive::WRONG, Secretive::OF_HELPER].map(|word| STANDARD.encode(format!("user:{word}")));
+    let words = [Secretive::PASSWORD, Secretive::WRONG, Secretive::IDENTITY, Secretive::OF_HELPER, Secretive::HEADER];
+    for secret in words.into_iter().chain([Secretive::SIGNATURE, Secretive::TOKEN, &basic, &wrong, &helper]) {
+        let line = written.iter().flat_map(|text| text.lines()).find(|line| line.contains(secret));
+        assert!(line.is_none(), "{secret} in {:?}", line.map(|line| line.chars().take(300).collect::<String>()));
     }
-    host.end();
+    here.host.end();
 }
 
 /// Names of metrics in the queries of the dashboard.

@@ -140,7 +140,7 @@ impl Gate {
             tokens.1.clear();
         }
         tokens.0 += 1;
-        let token = format!("token-{}", tokens.0);
+        let token = format!("t0ken-secret-{}", tokens.0);
         let expires_at = Instant::now() + Duration::from_secs(*token_lifetime_s);
         tokens.1.insert(token.clone(), Grant { scopes, expires_at });
         let answer = serde_json::json!({"token": token, "expires_in": token_lifetime_s});

@@ -63,7 +63,7 @@ pub enum Toxic {
     },
     /// What is there is said to be somewhere else: 307 to the same path below this address.
     Redirect {
-        /// Address of a server, such as `http://127.0.0.1:80`.
+        /// Address of a server, such as `http://127.0.0.1:80`; what follows a `?` comes behind the path.
         to: String,
     },
     /// The registry is down: open connections are reset, new ones refused. The path does not matter. A guest can bring

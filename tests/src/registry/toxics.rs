@@ -50,7 +50,9 @@ pub(crate) async fn layer(
             Toxic::WrongContentRange => shift_content_range(response),
             Toxic::BitFlip { offset_bytes } => flip_bit(response, *offset_bytes),
             Toxic::Redirect { to } if response.status().is_success() => {
-                (StatusCode::TEMPORARY_REDIRECT, [(LOCATION, format!("{to}{path}"))]).into_response()
+                let (to, query) =
+                    to.split_once('?').map_or((to.as_str(), String::new()), |(to, query)| (to, format!("?{query}")));
+                (StatusCode::TEMPORARY_REDIRECT, [(LOCATION, format!("{to}{path}{query}"))]).into_response()
             }
             _ => response,
         };
