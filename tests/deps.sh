@@ -14,6 +14,7 @@ needed=(
 # Without these some tests are skipped, so a machine whose archive lacks one can still run the others.
 wanted=(
   qemu-system-x86_64:qemu-system-x86 busybox:busybox-static docker-registry:docker-registry nginx:nginx umoci:umoci crun:crun
+  openssl:openssl strace:strace systemd-analyze:systemd veritysetup:cryptsetup-bin
   /usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
 )
 

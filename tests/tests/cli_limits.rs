@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use ublkimg_tests::fault_row::FaultRow;
 use ublkimg_tests::host::{self, Host};
+use ublkimg_tests::leaks;
 use ublkimg_tests::skip;
 use ublkimg_tests::temp_root::TempRoot;
 
@@ -56,6 +57,11 @@ fn every_system_call_of_a_daemon_is_one_that_the_unit_allows() {
     let elsewhere = TempRoot::new().unwrap();
     let trace = elsewhere.join("trace");
     let mut daemon = host.daemon_under(&["strace", "-f", "-qq", "-o", trace.to_str().unwrap()]);
+    // The guard too is watched: it brings back a server that was killed.
+    let server = || leaks::processes_of(host.root.path()).into_iter().find(|process| process.contains("--server"));
+    let first = server().unwrap();
+    host.kill_server();
+    host::wait_until("another server", || server().is_some_and(|server| server != first));
     let dir = host.mounted("sample");
     assert_eq!(std::fs::read(dir.join("etc/added")).unwrap(), b"added\n");
     host.ublkimg(&["cache", "verify"]).success();
