@@ -88,6 +88,11 @@ impl Gate {
         Self { auth, address, tokens: Mutex::default() }
     }
 
+    /// No token that was given out is good any more.
+    pub(crate) fn revoke_tokens(&self) {
+        self.tokens.lock().unwrap_or_else(PoisonError::into_inner).1.clear();
+    }
+
     /// `None`: the request may go on. Otherwise a refusal, or the token that was asked for.
     fn answer(&self, request: &Request) -> Option<Response> {
         match &self.auth {

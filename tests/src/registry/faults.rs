@@ -37,6 +37,11 @@ pub enum Toxic {
         /// Value of `Retry-After`.
         retry_after_s: u64,
     },
+    /// 503 with a `Retry-After`.
+    Unavailable {
+        /// Value of `Retry-After`.
+        retry_after_s: u64,
+    },
     /// The body comes no faster than this.
     Slow {
         /// Bytes per second of each answer.

@@ -83,6 +83,7 @@ pub struct TestRegistry {
     address: SocketAddr,
     storage: Arc<Storage>,
     distribution: Arc<Distribution>,
+    gate: Arc<auth::Gate>,
     control: Arc<Control>,
     link: Arc<Link>,
     runtime: Option<Runtime>,
@@ -110,7 +111,7 @@ impl TestRegistry {
         let registry = Router::new()
             .fallback(distribution::handle)
             .with_state(Arc::clone(&distribution))
-            .layer(from_fn_with_state(gate, auth::layer))
+            .layer(from_fn_with_state(Arc::clone(&gate), auth::layer))
             .layer(from_fn_with_state(Arc::clone(&control.faults), toxics::layer))
             .layer(from_fn_with_state(Arc::clone(counters), stats::layer));
         let app = control::router(Arc::clone(&control)).fallback_service(registry);
@@ -126,7 +127,7 @@ impl TestRegistry {
         drop(entered);
         let service = app.into_make_service_with_connect_info::<ConnectionHandle>();
         runtime.spawn(async move { axum::serve(listener, service).await });
-        Ok(Self { address, storage, distribution, control, link, runtime: Some(runtime) })
+        Ok(Self { address, storage, distribution, gate, control, link, runtime: Some(runtime) })
     }
 
     /// Where it listens.
@@ -167,6 +168,11 @@ impl TestRegistry {
     /// Takes all faults away.
     pub fn clear_faults(&self) {
         self.control.faults.clear();
+    }
+
+    /// No token that it has given out is good any more.
+    pub fn revoke_tokens(&self) {
+        self.gate.revoke_tokens();
     }
 
     /// Requests that met the fault `name` since it was set: a test of a fault must see that it was met.

@@ -34,8 +34,9 @@ pub(crate) async fn layer(
                 return StatusCode::from_u16(*code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR).into_response();
             }
             Toxic::TooManyRequests { retry_after_s } => {
-                return (StatusCode::TOO_MANY_REQUESTS, [(RETRY_AFTER, retry_after_s.to_string())]).into_response();
+                return come_back(StatusCode::TOO_MANY_REQUESTS, *retry_after_s);
             }
+            Toxic::Unavailable { retry_after_s } => return come_back(StatusCode::SERVICE_UNAVAILABLE, *retry_after_s),
             Toxic::IgnoreRange => drop(request.headers_mut().remove(RANGE)),
             _ => (),
         }
@@ -58,6 +59,10 @@ pub(crate) async fn layer(
         };
     }
     response
+}
+
+fn come_back(status: StatusCode, retry_after_s: u64) -> Response {
+    (status, [(RETRY_AFTER, retry_after_s.to_string())]).into_response()
 }
 
 /// The body comes in small pieces, each as late as the rate says.
