@@ -5,7 +5,7 @@
 //! and store it and tell the engine. While there is no room for what is not decoded yet, the answer is not read.
 //!
 //! Trouble with the network is waited out here, until the read deadline of the image that the bytes are fetched for: so
-//! long nothing may come. The registry crate retries each request on its own for a shorter time, so an outage shows here
+//! long nothing may come, or too little ([`Patience`]). The registry crate retries each request on its own for a shorter time, so an outage shows here
 //! as one slow failure after another. Images that have the same blob take turns: an outage of one registry does not hold
 //! up a chunk that another one has. A chunk that has arrived whole is never asked for again, unless it was not the right
 //! one: then the others are asked for it. A source that answers for certain (not found, not allowed, not these bytes) is
@@ -31,6 +31,7 @@ use crate::counters::ImageCounters;
 use crate::decode::{Content, DecodeJob, DecodeQueue, Decoders};
 use crate::error::{Error, Result};
 use crate::outage::{SILENCE_MIN, Wait};
+use crate::patience::Patience;
 use crate::start_events::Get;
 use crate::store::{BlobFile, ChunkPlace, Store};
 
@@ -43,10 +44,6 @@ const NETWORK_THREADS: usize = 2;
 /// Threads for what blocks on the disk or the kernel: what all commands and the recovery of all images do at a time. Who
 /// finds none waits for one; none of them waits for another.
 pub(crate) const BLOCKING_THREADS_MAX: usize = 128;
-
-/// First and longest pause between attempts, on top of the pauses that the registry crate makes.
-const PAUSE_MIN: Duration = Duration::from_millis(200);
-const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// Where the chunks of a blob can be had: an attached image's repository.
 #[derive(Debug, Clone)]
@@ -271,14 +268,13 @@ impl Download {
     /// Asks the sources in turns until everything has arrived or none is worth asking.
     async fn read_from_any(&mut self) -> Option<Outcome> {
         let mut outcome = None;
-        let mut pause = PAUSE_MIN;
-        let mut heard: Instant = self.job.order.since.into();
+        let mut patience = Patience::new(self.job.order.since.into());
         let mut sources = self.job.sources.clone();
         loop {
             let mut unavailable = Vec::new();
             for source in sources {
                 let left = self.job.order.chunks.len();
-                let trouble = match self.read_from_one(&source, &mut heard, pause).await {
+                let trouble = match self.read_from_one(&source, &mut patience).await {
                     Ok(()) => return None,
                     Err(trouble) => trouble,
                 };
@@ -288,28 +284,22 @@ impl Download {
                     Trouble::Certain(certain) => outcome = Some(certain),
                 }
                 if self.job.order.chunks.len() < left {
-                    pause = PAUSE_MIN;
+                    patience.progressed();
                 }
             }
             let Some(first) = unavailable.first() else { return outcome };
             tokio::select! {
-                () = sleep(pause) => {}
+                () = sleep(patience.pause()) => {}
                 () = removal(first) => {}
             }
             sources = unavailable;
-            pause = (pause * 2).min(PAUSE_MAX);
         }
     }
 
-    /// Reads from one source what did not arrive yet. `heard` is when something was last heard of it, by anybody.
-    async fn read_from_one(
-        &mut self,
-        source: &Arc<Source>,
-        heard: &mut Instant,
-        pause: Duration,
-    ) -> Result<(), Trouble> {
+    /// Reads from one source what did not arrive yet.
+    async fn read_from_one(&mut self, source: &Arc<Source>, patience: &mut Patience) -> Result<(), Trouble> {
         let mut get = Get::begin();
-        let read = self.read_answer(source, heard, pause, &mut get).await;
+        let read = self.read_answer(source, patience, &mut get).await;
         source.counters.events.fetched(self.job.order.class.into(), &get);
         read
     }
@@ -317,8 +307,7 @@ impl Download {
     async fn read_answer(
         &mut self,
         source: &Arc<Source>,
-        heard: &mut Instant,
-        pause: Duration,
+        patience: &mut Patience,
         get: &mut Get,
     ) -> Result<(), Trouble> {
         let chunks = self.job.order.chunks.clone();
@@ -328,31 +317,35 @@ impl Download {
         source.counters.registry_requests.fetch_add(1, Ordering::Relaxed);
         let mut answer = source.repository.blob_stream(&source.blob, range);
         while !self.job.order.chunks.is_empty() {
-            let deadline = *heard + source.read_deadline;
-            let silence = *heard + SILENCE_MIN;
+            let deadline = patience.heard() + source.read_deadline;
+            let silence = patience.heard() + SILENCE_MIN;
             let piece = tokio::select! {
                 piece = timeout_at(deadline, answer.next()) => piece,
                 () = removal(source) => return Err(Trouble::Removed),
                 () = sleep_until(silence), if self.wait.is_none() => {
-                    self.waits(source, "the registry is silent");
+                    self.waits(source, "the registry is silent, or all but");
                     continue;
                 }
             };
             let piece = match piece {
                 Ok(Some(Ok(piece))) => piece,
-                Ok(Some(Err(error))) => return Err(self.trouble(source, Some(&error), deadline, pause)),
+                Ok(Some(Err(error))) => return Err(self.trouble(source, Some(&error), deadline, patience)),
                 // A stream that is shorter than its range; it promises not to be.
                 Ok(None) => return Err(Trouble::Certain(Outcome::Failed(libc::EIO))),
-                Err(_) => return Err(self.trouble(source, None, deadline, pause)),
+                Err(_) => return Err(self.trouble(source, None, deadline, patience)),
             };
-            *heard = Instant::now();
-            self.wait = None;
+            let now = Instant::now();
+            patience.came(piece.len(), now);
+            if now < patience.heard() + SILENCE_MIN {
+                self.wait = None;
+            }
             get.came(piece.len());
             if !self.begun {
                 self.begun = true;
                 tell(&self.progress, Progress::FirstByte(self.job.order.fetch));
             }
             self.take(source, piece).await;
+            patience.discount(now.elapsed());
         }
         Ok(())
     }
@@ -409,11 +402,11 @@ impl Download {
         source: &Source,
         error: Option<&ublkimg_registry::Error>,
         deadline: Instant,
-        pause: Duration,
+        patience: &Patience,
     ) -> Trouble {
         let waits = error.is_none_or(|error| error.kind() == RegistryErrorKind::Unavailable);
         let cause = error.map_or_else(|| "the read deadline passed".to_owned(), ToString::to_string);
-        if waits && Instant::now() + pause < deadline {
+        if waits && Instant::now() + patience.longest_pause() < deadline {
             self.waits(source, &cause);
             return Trouble::Later;
         }

@@ -24,6 +24,7 @@ pub mod namespace;
 mod outage;
 #[cfg(test)]
 mod outage_tests;
+mod patience;
 #[cfg(test)]
 mod profile_fixture;
 #[cfg(test)]

@@ -12,6 +12,7 @@ use ublkimg_tests::fault_row;
 use ublkimg_tests::registry::{Auth, Config, Credentials, Fault, TestRegistry, Toxic};
 
 use crate::fixture::{Image, LayerContent, read};
+use crate::outage::Waiting;
 use crate::{AttachOptions, Engine, LoadedImage, Store, attach};
 
 /// How long a read waits here.
@@ -138,6 +139,38 @@ fn connections_that_break() {
     case("reset before the first byte", blobs(Toxic::Reset { after_bytes: 0 }).times(2), Fate::Data);
     case("truncated body", blobs(Toxic::ShortBody { after_bytes: 1000 }).times(2), Fate::Data);
     case("body drips at 300 kB/s", blobs(Toxic::Slow { bytes_per_s: 300_000 }), Fate::Data);
+    let began = Instant::now();
+    case("body drips at 1 kB/s beyond `--io-timeout`", blobs(Toxic::Slow { bytes_per_s: 1000 }), Fate::Eio);
+    assert!(began.elapsed() < Duration::from_secs(30), "256 KiB would take four minutes: {:?}", began.elapsed());
+}
+
+#[test]
+fn a_drip_is_one_wait() {
+    let rig = Rig::with_deadline(Auth::Anonymous, Duration::from_secs(60));
+    rig.registry.set_fault("it", blobs(Toxic::Slow { bytes_per_s: 1000 }));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| rig.read(0));
+        let since = wait_for_waiting(&rig, &reader);
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(1) {
+            let waiting = rig.loaded.image.waiting().expect("it still waits");
+            assert!(waiting.since_ms >= since.since_ms, "it began to wait again: {waiting:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        rig.registry.clear_fault("it");
+        rig.loaded.image.detach();
+        assert_eq!(reader.join().unwrap(), Err(libc::EIO));
+    });
+}
+
+fn wait_for_waiting<T>(rig: &Rig, reader: &std::thread::ScopedJoinHandle<'_, T>) -> Waiting {
+    loop {
+        assert!(!reader.is_finished(), "nobody was said to wait");
+        if let Some(waiting) = rig.loaded.image.waiting() {
+            return waiting;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
@@ -182,13 +215,7 @@ fn status_says_who_waits_since_when_and_why() {
     rig.registry.set_fault("it", blobs(Toxic::Hang));
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| rig.read(0));
-        let waiting = loop {
-            assert!(!reader.is_finished(), "nobody was said to wait");
-            if let Some(waiting) = rig.loaded.image.waiting() {
-                break waiting;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        };
+        let waiting = wait_for_waiting(&rig, &reader);
         assert_eq!(waiting.fetches, 1);
         assert!(!waiting.cause.is_empty());
         rig.registry.clear_fault("it");

@@ -52,6 +52,7 @@ pub use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManif
 pub use options::ClientOptions;
 pub use reference::{Location, Reference};
 pub use repository::{NewProfile, Pushed, PushedProfile, Repository, Resolved};
+pub use retry::jitter;
 
 /// The longest manifest or index that is read or written: what registries accept (OCI distribution spec, "Pushing
 /// Manifests": at least 4 MiB; docker's registry refuses more).

@@ -121,7 +121,8 @@ impl Backoff {
 }
 
 /// Between a half and one. The standard library's hash keys are the randomness: enough for this, and no other crate.
-fn jitter() -> f64 {
+#[must_use]
+pub fn jitter() -> f64 {
     let random = RandomState::new().hash_one(0_u8);
     0.5 + f64::from(u32::try_from(random >> 32).unwrap_or(u32::MAX)) / f64::from(u32::MAX) / 2.0
 }
