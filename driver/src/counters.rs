@@ -12,6 +12,8 @@ use crate::start_events::StartEvents;
 /// Counted while it happens, without a lock.
 #[derive(Debug, Default)]
 pub struct ImageCounters {
+    /// What the image was attached as, for the log.
+    pub(crate) image: String,
     /// Requests answered with data.
     pub reads: AtomicU64,
     /// Bytes of those.

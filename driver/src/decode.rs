@@ -205,8 +205,8 @@ pub(crate) fn end(
 
 /// Who sent wrong bytes is not asked again, but everybody else is.
 fn failure(job: &DecodeJob, others: &[Arc<Source>], error: &Error) -> Progress {
-    let (what, chunk) = (name_of(job.kind), job.chunk());
-    tracing::error!("fetch: blob {} {what} {}: {}", job.source.blob, chunk.chunk, error.chain());
+    let (image, what, chunk) = (&job.source.counters.image, name_of(job.kind), job.chunk());
+    tracing::error!("fetch: {image}: blob {} {what} {}: {}", job.source.blob, chunk.chunk, error.chain());
     if error.kind() != ErrorKind::Corrupt {
         return Progress::Ended { chunk, outcome: Outcome::Failed(error.errno()) };
     }

@@ -226,6 +226,9 @@ async fn hand_over(decoders: &DecodeQueue, job: DecodeJob, progress: &Sender<Pro
     }
 }
 
+/// How often is looked why nothing comes.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
 /// An order under way. Its chunks are those that did not arrive yet.
 struct Download {
     job: FetchJob,
@@ -316,23 +319,35 @@ impl Download {
         let range = start..source.index.chunk(chunks.end - 1).stored.end;
         source.counters.registry_requests.fetch_add(1, Ordering::Relaxed);
         let mut answer = source.repository.blob_stream(&source.blob, range);
+        let mut look_at = (patience.heard() + SILENCE_MIN).max(Instant::now() + LOOK_AGAIN);
         while !self.job.order.chunks.is_empty() {
             let deadline = patience.heard() + source.read_deadline;
-            let silence = patience.heard() + SILENCE_MIN;
             let piece = tokio::select! {
                 piece = timeout_at(deadline, answer.next()) => piece,
                 () = removal(source) => return Err(Trouble::Removed),
-                () = sleep_until(silence), if self.wait.is_none() => {
-                    self.waits(source, "the registry is silent, or all but");
+                () = sleep_until(look_at) => {
+                    let trouble = answer.last_trouble();
+                    if self.wait.is_none() || trouble.is_some() {
+                        let cause = trouble.as_deref().unwrap_or("the registry is silent, or all but");
+                        self.waits(source, patience.heard(), cause);
+                    }
+                    look_at = Instant::now() + LOOK_AGAIN;
                     continue;
                 }
             };
             let piece = match piece {
                 Ok(Some(Ok(piece))) => piece,
-                Ok(Some(Err(error))) => return Err(self.trouble(source, Some(&error), deadline, patience)),
+                Ok(Some(Err(error))) => {
+                    let is_certain = error.kind() != RegistryErrorKind::Unavailable;
+                    return Err(self.trouble(source, is_certain, &error.to_string(), deadline, patience));
+                }
                 // A stream that is shorter than its range; it promises not to be.
                 Ok(None) => return Err(Trouble::Certain(Outcome::Failed(libc::EIO))),
-                Err(_) => return Err(self.trouble(source, None, deadline, patience)),
+                Err(_) => {
+                    let last = answer.last_trouble().map_or_else(String::new, |last| format!(": {last}"));
+                    let cause = format!("the read deadline passed{last}");
+                    return Err(self.trouble(source, false, &cause, deadline, patience));
+                }
             };
             let now = Instant::now();
             patience.came(piece.len(), now);
@@ -346,6 +361,7 @@ impl Download {
             }
             self.take(source, piece).await;
             patience.discount(now.elapsed());
+            look_at = look_at.max(patience.heard() + SILENCE_MIN);
         }
         Ok(())
     }
@@ -385,34 +401,39 @@ impl Download {
         }
     }
 
-    /// The fetch waits, because of `cause`.
-    fn waits(&mut self, source: &Source, cause: &str) {
+    /// The fetch waits, because of `cause`; something was last heard at `heard`.
+    fn waits(&mut self, source: &Source, heard: Instant, cause: &str) {
         match &self.wait {
             Some(wait) => wait.heard(cause),
-            None => {
-                let what = format!("{}s {:?} of blob {}", name_of(self.job.kind), self.job.order.chunks, source.blob);
-                self.wait = Some(Wait::begin(&source.counters, &what, cause));
-            }
+            None => self.wait = Some(Wait::begin(&source.counters, self.what(source), heard.into_std(), cause)),
         }
     }
 
-    /// What an error of a source means, or that it was silent until the deadline.
+    /// What is asked for, as `status` and the log have it.
+    fn what(&self, source: &Source) -> String {
+        let (what, blob, chunks) = (name_of(self.job.kind), source.blob, &self.job.order.chunks);
+        match chunks.len() {
+            1 => format!("{what} {} of blob {blob}", chunks.start),
+            _ => format!("{what}s {} to {} of blob {blob}", chunks.start, chunks.end - 1),
+        }
+    }
+
+    /// What it means that a source does not deliver: it said something certain, is in trouble, or was silent until the
+    /// deadline.
     fn trouble(
         &mut self,
         source: &Source,
-        error: Option<&ublkimg_registry::Error>,
+        is_certain: bool,
+        cause: &str,
         deadline: Instant,
         patience: &Patience,
     ) -> Trouble {
-        let waits = error.is_none_or(|error| error.kind() == RegistryErrorKind::Unavailable);
-        let cause = error.map_or_else(|| "the read deadline passed".to_owned(), ToString::to_string);
-        if waits && Instant::now() + patience.longest_pause() < deadline {
-            self.waits(source, &cause);
+        if !is_certain && Instant::now() + patience.longest_pause() < deadline {
+            self.waits(source, patience.heard(), cause);
             return Trouble::Later;
         }
-        let (what, chunks) = (name_of(self.job.kind), &self.job.order.chunks);
-        tracing::error!("fetch: {what}s {chunks:?} of blob {}: {cause}", source.blob);
-        Trouble::Certain(if waits { Outcome::Failed(libc::EIO) } else { Outcome::Refused(libc::EIO) })
+        tracing::error!("fetch: {}: {}: {cause}", source.counters.image, self.what(source));
+        Trouble::Certain(if is_certain { Outcome::Refused(libc::EIO) } else { Outcome::Failed(libc::EIO) })
     }
 }
 

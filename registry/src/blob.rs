@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -51,11 +52,30 @@ impl BlobReader {
 
 /// One range of a blob as a stream of pieces, **not** verified against a digest. Pieces are never empty; together they
 /// are exactly the range. After an error the stream is over.
-pub struct RangeStream(BoxStream<'static, Result<Bytes>>);
+pub struct RangeStream {
+    pieces: BoxStream<'static, Result<Bytes>>,
+    trouble: LastTrouble,
+}
+
+/// What went wrong last in a stream that goes on trying.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct LastTrouble(Arc<Mutex<Option<String>>>);
+
+impl LastTrouble {
+    pub(crate) fn note(&self, error: &Error) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+    }
+}
 
 impl RangeStream {
-    pub(crate) fn new(pieces: BoxStream<'static, Result<Bytes>>) -> Self {
-        Self(pieces)
+    pub(crate) fn new(pieces: BoxStream<'static, Result<Bytes>>, trouble: LastTrouble) -> Self {
+        Self { pieces, trouble }
+    }
+
+    /// What went wrong last, also while the stream is still trying.
+    #[must_use]
+    pub fn last_trouble(&self) -> Option<String> {
+        self.trouble.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The next piece, `None` at the end of the range. Nothing is read before it is asked for. Safe to give up at any time;
@@ -64,7 +84,7 @@ impl RangeStream {
     /// # Errors
     /// As [`crate::Repository::blob_range`].
     pub async fn next(&mut self) -> Option<Result<Bytes>> {
-        self.0.next().await
+        self.pieces.next().await
     }
 }
 
@@ -72,7 +92,7 @@ impl Stream for RangeStream {
     type Item = Result<Bytes>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.0.as_mut().poll_next(cx)
+        self.pieces.as_mut().poll_next(cx)
     }
 }
 

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::time::Instant;
 
-use crate::blob::BlobReader;
+use crate::blob::{BlobReader, LastTrouble};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hosts::{Host, Hosts};
@@ -118,11 +118,12 @@ impl Mirrored {
         self: &Arc<Self>,
         digest: Digest,
         range: Range<u64>,
+        trouble: LastTrouble,
     ) -> BoxStream<'static, Result<Bytes>> {
         if self.mirrors.is_empty() {
-            return Remote::blob_stream(&self.registry, digest, range);
+            return Remote::blob_stream(&self.registry, digest, range, trouble);
         }
-        let source = Pieces { mirrored: Arc::clone(self), digest, rest: range, tried: 0, open: None };
+        let source = Pieces { mirrored: Arc::clone(self), digest, rest: range, trouble, tried: 0, open: None };
         stream::try_unfold(source, |mut source| async move {
             let piece = source.next().await?;
             Ok(piece.map(|piece| (piece, source)))
@@ -135,7 +136,7 @@ impl Mirrored {
         if self.mirrors.is_empty() {
             return Remote::blob(&self.registry, digest, size_bytes).await;
         }
-        let mut pieces = self.blob_stream(digest, 0..size_bytes);
+        let mut pieces = self.blob_stream(digest, 0..size_bytes, LastTrouble::default());
         // Here, so that a missing blob is an error of this call.
         let first = pieces.next().await.transpose()?;
         let pieces = stream::iter(first.map(Ok)).chain(pieces);
@@ -148,6 +149,7 @@ struct Pieces {
     mirrored: Arc<Mirrored>,
     digest: Digest,
     rest: Range<u64>,
+    trouble: LastTrouble,
     /// Mirrors that are behind us, the open one among them.
     tried: usize,
     /// From that mirror, or from the registry.
@@ -177,13 +179,13 @@ impl Pieces {
 
     fn open_next(&mut self) -> (Option<usize>, BoxStream<'static, Result<Bytes>>) {
         let mut untried = (self.tried..).zip(&self.mirrored.mirrors[self.tried..]);
-        let (digest, rest) = (self.digest, self.rest.clone());
+        let (digest, rest, trouble) = (self.digest, self.rest.clone(), self.trouble.clone());
         match untried.find(|(_, mirror)| mirror.has(&digest)) {
             Some((index, mirror)) => {
                 self.tried = index + 1;
-                (Some(index), Remote::blob_stream(&mirror.remote, digest, rest))
+                (Some(index), Remote::blob_stream(&mirror.remote, digest, rest, trouble))
             }
-            None => (None, Remote::blob_stream(&self.mirrored.registry, digest, rest)),
+            None => (None, Remote::blob_stream(&self.mirrored.registry, digest, rest, trouble)),
         }
     }
 }

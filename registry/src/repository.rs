@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt};
 
-use crate::blob::{BlobReader, BlobSource, RangeStream};
+use crate::blob::{BlobReader, BlobSource, LastTrouble, RangeStream};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
@@ -143,12 +143,14 @@ impl Repository {
         let digest = *digest;
         if range.start > range.end {
             let error = Error::invalid(format!("range {}..{} of blob {digest}", range.start, range.end));
-            return RangeStream::new(stream::iter([Err(error)]).boxed());
+            return RangeStream::new(stream::iter([Err(error)]).boxed(), LastTrouble::default());
         }
-        match &self.0 {
-            Inner::Layout(layout) => RangeStream::new(layout_stream(layout.clone(), digest, range)),
-            Inner::Remote(remote) => RangeStream::new(remote.blob_stream(digest, range)),
-        }
+        let trouble = LastTrouble::default();
+        let pieces = match &self.0 {
+            Inner::Layout(layout) => layout_stream(layout.clone(), digest, range),
+            Inner::Remote(remote) => remote.blob_stream(digest, range, trouble.clone()),
+        };
+        RangeStream::new(pieces, trouble)
     }
 
     /// A whole blob from its start. The reader resumes after a broken connection, and fails at the end, instead of

@@ -226,6 +226,18 @@ fn a_read_that_is_held_waits_beyond_its_time_limit() {
             if is_held {
                 std::thread::sleep(Duration::from_secs(4));
                 assert!(!reader.is_finished(), "it gave up");
+                let status = host.ublkimg(&["status", "--json", mount.to_str().unwrap()]).success();
+                let status: Value = serde_json::from_str(&status.stdout).unwrap();
+                let address = host.registry.addr().to_string();
+                let waiting = &status["waiting"];
+                assert!(waiting["since_ms"].as_u64().unwrap() >= 2500, "{waiting}");
+                assert!(waiting["cause"].as_str().unwrap().contains(&address), "{waiting}");
+                let what = waiting["what"].as_str().unwrap();
+                assert!(what.contains("of blob sha256:"), "{waiting}");
+                let status = host.ublkimg(&["status", mount.to_str().unwrap()]).success().stdout;
+                assert!(status.contains(what.split(' ').next_back().unwrap()), "{status}");
+                let image = status.lines().find_map(|line| line.strip_prefix("reference")).unwrap().trim().to_owned();
+                assert!(host.log().contains(&format!("{image} waits for {what}: ")), "{}", host.log());
                 host.registry.clear_fault("down");
             }
             match reader.join().unwrap() {

@@ -90,7 +90,7 @@ fn print(rows: &[(&str, String)]) -> anyhow::Result<()> {
 /// Who waits for the registry, since when and why.
 fn waiting(waiting: &Waiting) -> String {
     let since = Duration::from_millis(waiting.since_ms).as_secs_f64();
-    format!("{} fetches, since {since:.0} s: {}", waiting.fetches, waiting.cause)
+    format!("{} fetches, since {since:.0} s, first of {}: {}", waiting.fetches, waiting.what, waiting.cause)
 }
 
 /// What is known of the start of a device.

@@ -261,7 +261,7 @@ impl<'a> Attaching<'a> {
             location,
             repository,
             read_deadline: options.read_deadline,
-            counters: Arc::default(),
+            counters: Arc::new(ImageCounters { image: location.to_string(), ..ImageCounters::default() }),
             attachment,
             attached: receiver,
             held: Mutex::default(),

@@ -16,7 +16,7 @@ use tokio::time::{Duration, Instant};
 
 use super::Remote;
 use super::blob_read::{Body, SHORT};
-use crate::blob::BlobReader;
+use crate::blob::{BlobReader, LastTrouble};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::retry::{Backoff, Failure};
@@ -27,7 +27,7 @@ const PROGRESS_BYTES: u64 = 256 << 10;
 impl Remote {
     /// A stream over the whole blob; `remote` lives as long as it.
     pub(crate) async fn blob(remote: &Arc<Self>, digest: Digest, size_bytes: u64) -> Result<BlobReader> {
-        let mut stream = BlobStream::new(remote, digest, 0..size_bytes, true);
+        let mut stream = BlobStream::new(remote, digest, 0..size_bytes, true, LastTrouble::default());
         if size_bytes > 0 {
             stream.open().await?;
         }
@@ -39,8 +39,9 @@ impl Remote {
         remote: &Arc<Self>,
         digest: Digest,
         range: Range<u64>,
+        trouble: LastTrouble,
     ) -> BoxStream<'static, Result<Bytes>> {
-        BlobStream::new(remote, digest, range, false).pieces()
+        BlobStream::new(remote, digest, range, false, trouble).pieces()
     }
 }
 
@@ -55,6 +56,7 @@ struct BlobStream {
     whole: bool,
     body: Option<Body>,
     backoff: Backoff,
+    trouble: LastTrouble,
     /// Where the last progress was counted.
     since: u64,
     /// Time spent waiting for the present body, and where it began.
@@ -63,7 +65,7 @@ struct BlobStream {
 }
 
 impl BlobStream {
-    fn new(remote: &Arc<Remote>, digest: Digest, range: Range<u64>, whole: bool) -> Self {
+    fn new(remote: &Arc<Remote>, digest: Digest, range: Range<u64>, whole: bool, trouble: LastTrouble) -> Self {
         Self {
             remote: Arc::clone(remote),
             digest,
@@ -72,6 +74,7 @@ impl BlobStream {
             whole,
             body: None,
             backoff: remote.backoff(),
+            trouble,
             since: range.start,
             waited: Duration::ZERO,
             opened_at: range.start,
@@ -177,6 +180,7 @@ impl BlobStream {
             self.since = self.at;
             self.backoff.progressed();
         }
+        self.trouble.note(&failure.error);
         self.backoff.wait(failure).await
     }
 }
