@@ -10,6 +10,8 @@ use ublkimg_image::BLOCK_SIZE;
 use ublkimg_registry::{ClientOptions, Location};
 use ublkimg_tests::fault_row;
 use ublkimg_tests::registry::{Auth, Config, Credentials, Fault, TestRegistry, Toxic};
+use ublkimg_tests::skip;
+use ublkimg_tests::tls::{Authority, TlsFront};
 
 use crate::fixture::{Image, LayerContent, read};
 use crate::outage::Waiting;
@@ -32,7 +34,7 @@ struct Rig {
     registry: TestRegistry,
     engine: Engine,
     image: Image,
-    _dirs: [TempDir; 2],
+    dirs: [TempDir; 2],
     loaded: LoadedImage,
 }
 
@@ -60,7 +62,7 @@ impl Rig {
         };
         let options = AttachOptions { client, read_deadline, ..AttachOptions::default() };
         let loaded = engine.runtime().block_on(attach(&store, &engine, &location, &options)).unwrap();
-        Self { registry, engine, image, _dirs: dirs, loaded }
+        Self { registry, engine, image, dirs, loaded }
     }
 
     /// Reads the first chunk, or the second.
@@ -83,13 +85,14 @@ fn blobs(toxic: Toxic) -> Fault {
     Fault::new("*/blobs/*", toxic)
 }
 
-/// Meets the trouble, then is free of it.
-fn case(what: &str, fault: Fault, fate: Fate) {
-    case_of(what, Auth::Anonymous, fault, fate);
+/// Meets the trouble, then is free of it; how long the read took that met it.
+fn case(what: &str, fault: Fault, fate: Fate) -> Duration {
+    case_of(what, Auth::Anonymous, |_| fault, fate)
 }
 
-fn case_of(what: &str, auth: Auth, fault: Fault, fate: Fate) {
+fn case_of(what: &str, auth: Auth, fault: impl FnOnce(&Rig) -> Fault, fate: Fate) -> Duration {
     let rig = Rig::new(auth);
+    let fault = fault(&rig);
     rig.registry.set_fault("it", fault);
     let began = Instant::now();
     let met = rig.read(0);
@@ -111,6 +114,7 @@ fn case_of(what: &str, auth: Auth, fault: Fault, fate: Fate) {
     drop(rig.loaded);
     rig.engine.stop();
     note(what, fate, took);
+    took
 }
 
 fn note(what: &str, fate: Fate, took: Duration) {
@@ -183,30 +187,123 @@ fn answers_that_do_not_fit() {
 
 #[test]
 fn refusals() {
-    for (code, what) in [(403, "403, access revoked"), (404, "404, blob deleted"), (416, "416")] {
+    let refusals = [(401, "401, always"), (403, "403, access revoked"), (404, "404, blob deleted"), (416, "416")];
+    for (code, what) in refusals {
         case(what, blobs(Toxic::Status { code }), Fate::Eio);
     }
 }
 
 #[test]
 fn overload() {
-    case("429 with `Retry-After: 1`", blobs(Toxic::TooManyRequests { retry_after_s: 1 }).times(1), Fate::Data);
+    let busy = [
+        ("429 with `Retry-After: 1`", Toxic::TooManyRequests { retry_after_s: 1 }),
+        ("503 with `Retry-After: 1`", Toxic::Unavailable { retry_after_s: 1 }),
+    ];
+    for (what, toxic) in busy {
+        let took = case(what, blobs(toxic).times(1), Fate::Data);
+        assert!(took >= Duration::from_secs(1), "{what}: it came back after {took:?}");
+    }
     for (code, what) in [(503, "503, three times"), (500, "500, three times"), (502, "502, three times")] {
         case(what, blobs(Toxic::Status { code }).times(3), Fate::Data);
     }
     case("503 beyond `--io-timeout`", blobs(Toxic::Status { code: 503 }), Fate::Eio);
 }
 
+fn bearer() -> Auth {
+    let credentials = Credentials::new("user", "hunter2");
+    Auth::Bearer { credentials, anonymous_pull: false, token_lifetime_s: 600 }
+}
+
 #[test]
 fn a_token_that_ends_during_reads() {
-    let credentials = Credentials::new("user", "hunter2");
-    let bearer = Auth::Bearer { credentials, anonymous_pull: false, token_lifetime_s: 1 };
-    let rig = Rig::new(bearer);
+    let rig = Rig::new(bearer());
     assert_eq!(rig.read(0), Ok(true));
-    std::thread::sleep(Duration::from_millis(1200));
+    let before = rig.registry.stats();
+    rig.registry.revoke_tokens();
     let began = Instant::now();
     assert_eq!(rig.read(1), Ok(true));
     note("401, the token has ended", Fate::Data, began.elapsed());
+    let after = rig.registry.stats();
+    assert_eq!(after.statuses[&401], before.statuses[&401] + 1);
+    assert_eq!(after.requests_of("token"), before.requests_of("token") + 1);
+    case_of("403 once, the token has ended", bearer(), |_| blobs(Toxic::Status { code: 403 }).times(1), Fate::Data);
+}
+
+#[test]
+fn a_token_service_in_trouble() {
+    let tokens = |toxic| {
+        move |rig: &Rig| {
+            rig.registry.revoke_tokens();
+            Fault::new("/_token", toxic)
+        }
+    };
+    let busy = |rig: &Rig| tokens(Toxic::Status { code: 503 })(rig).times(2);
+    case_of("token service down, twice", bearer(), busy, Fate::Data);
+    case_of("token service hangs beyond `--io-timeout`", bearer(), tokens(Toxic::Hang), Fate::Eio);
+    case_of("token service refuses", bearer(), tokens(Toxic::Status { code: 403 }), Fate::Eio);
+}
+
+/// Another registry with the blobs, to which the rig's redirects.
+fn storage(rig: &Rig) -> (TestRegistry, Fault) {
+    let storage = TestRegistry::start(Config::default()).unwrap();
+    storage.load_layout(rig.dirs[0].path(), Some("v1"), "app", "v1").unwrap();
+    let redirect = blobs(Toxic::Redirect { to: format!("http://{}", storage.addr()) });
+    (storage, redirect)
+}
+
+#[test]
+fn a_storage_whose_address_expires() {
+    let rig = Rig::new(Auth::Anonymous);
+    let (storage, redirect) = storage(&rig);
+    rig.registry.set_fault("redirect", redirect);
+    assert_eq!(rig.read(0), Ok(true));
+    storage.set_fault("expired", blobs(Toxic::Status { code: 403 }).times(1));
+    let began = Instant::now();
+    assert_eq!(rig.read(1), Ok(true));
+    note("redirect to storage whose address expires", Fate::Data, began.elapsed());
+    assert_eq!((storage.fault_hits("expired"), rig.registry.fault_hits("redirect")), (1, 2), "a new address is got");
+}
+
+#[test]
+fn redirects_that_lead_nowhere() {
+    let circle = |rig: &Rig| blobs(Toxic::Redirect { to: format!("http://{}", rig.registry.addr()) });
+    case_of("redirects in a circle", Auth::Anonymous, circle, Fate::Eio);
+    let mut lives = None;
+    let refused = |rig: &Rig| {
+        let (storage, redirect) = storage(rig);
+        storage.set_fault("it", blobs(Toxic::Status { code: 403 }));
+        lives = Some(storage);
+        redirect
+    };
+    case_of("redirect to storage that refuses", Auth::Anonymous, refused, Fate::Eio);
+    drop(lives);
+    let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let gone = |_: &Rig| blobs(Toxic::Redirect { to: format!("http://{gone}") });
+    case_of("redirect to storage that is down beyond `--io-timeout`", Auth::Anonymous, gone, Fate::Eio);
+}
+
+#[test]
+fn a_certificate_that_does_not_verify() {
+    if !Authority::is_possible() {
+        skip!("there is no openssl");
+    }
+    let rig = Rig::new(Auth::Anonymous);
+    let authority = Authority::new(rig.dirs[0].path().join("authority")).unwrap();
+    let (storage, _) = storage(&rig);
+    let front = TlsFront::start(storage.addr(), &authority.issue("stranger").unwrap(), None).unwrap();
+    rig.registry.set_fault("it", blobs(Toxic::Redirect { to: format!("https://{}", front.addr()) }));
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| rig.read(0));
+        let waiting = wait_for_waiting(&rig, &reader);
+        assert!(waiting.cause.contains("certificate"), "{waiting:?}");
+        assert!(waiting.cause.contains(&front.addr().to_string()), "{waiting:?}");
+        assert_eq!(reader.join().unwrap(), Err(libc::EIO));
+    });
+    note("a certificate that does not verify, beyond `--io-timeout`", Fate::Eio, began.elapsed());
+    rig.registry.clear_fault("it");
+    std::thread::sleep(FAILURE_HOLD);
+    assert_eq!(rig.read(0), Ok(true));
 }
 
 #[test]
@@ -218,6 +315,7 @@ fn status_says_who_waits_since_when_and_why() {
         let waiting = wait_for_waiting(&rig, &reader);
         assert_eq!(waiting.fetches, 1);
         assert!(!waiting.cause.is_empty());
+        assert_eq!(waiting.what, format!("chunk 0 of blob {}", rig.image.manifest.layers[0].digest));
         rig.registry.clear_fault("it");
         assert_eq!(reader.join().unwrap(), Ok(true));
     });

@@ -2,7 +2,8 @@
 //!
 //! The first request goes without; its 401 says what the registry wants, and from then on requests of every scope carry it
 //! at once. Bearer tokens are kept per scope and renewed shortly before they end by this machine's own clock (their age
-//! counts from their arrival, so the two clocks need not agree) and whenever one is refused. However many requests are
+//! counts from their arrival, so the two clocks need not agree) and whenever one is refused, with 401 or, as some registries
+//! have it, with 403. However many requests are
 //! refused at once, one asks the token service and all use its answer, also when that answer is a failure.
 
 use std::collections::HashMap;
@@ -133,6 +134,23 @@ impl Authenticator {
         }
         state.challenge = Some(challenge);
         Ok(grant)
+    }
+
+    /// What to send along instead of `refused`, after a 403; `None` if it is no token, or there is no other.
+    pub(crate) async fn renew_token(
+        &self,
+        transport: &Transport,
+        scope: &Scope,
+        refused: &Grant,
+    ) -> Result<Option<Grant>, Failure> {
+        let arrived = Instant::now();
+        let mut state = self.state.lock().await;
+        let Some(challenge @ Challenge::Bearer { .. }) = state.challenge.clone() else { return Ok(None) };
+        let other = |grant: Grant| Some(grant).filter(|grant| grant.header != refused.header);
+        match state.grants.get(scope).cloned().and_then(other) {
+            Some(grant) => Ok(Some(grant)),
+            None => self.obtain(&mut state, arrived, transport, scope, &challenge).await.map(other),
+        }
     }
 
     /// What to tell the user when a fresh grant was refused.

@@ -176,14 +176,21 @@ impl Remote {
                 grant.apply(&mut headers);
             }
             let response = self.transport.send(method.clone(), url, headers, body.clone()).await?;
-            if response.status() != StatusCode::UNAUTHORIZED {
+            let fresh = match (response.status(), &grant) {
+                (StatusCode::UNAUTHORIZED, _) if renewed => return Err(self.auth.denied(grant.as_ref()).into()),
+                (StatusCode::UNAUTHORIZED, refused) => {
+                    Some(self.auth.renew(&self.transport, scope, response.headers(), refused.as_ref()).await?)
+                }
+                // Some registries say so of a token that has ended.
+                (StatusCode::FORBIDDEN, Some(refused)) if !renewed => {
+                    self.auth.renew_token(&self.transport, scope, refused).await?
+                }
+                _ => None,
+            };
+            if fresh.is_none() {
                 return Ok(response);
             }
-            if renewed {
-                return Err(self.auth.denied(grant.as_ref()).into());
-            }
-            grant = Some(self.auth.renew(&self.transport, scope, response.headers(), grant.as_ref()).await?);
-            renewed = true;
+            (grant, renewed) = (fresh, true);
         }
     }
 
