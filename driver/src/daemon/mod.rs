@@ -18,6 +18,7 @@ pub mod cache;
 pub mod client;
 mod descriptors;
 pub mod guard;
+mod leftovers;
 mod listener;
 mod locks;
 mod names;

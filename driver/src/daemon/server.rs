@@ -25,7 +25,7 @@ use super::recording::finish_all;
 use super::start::Starting;
 use super::state::{DeviceRecord, Records, boot_id};
 use super::takeover::{self, HANDED_OVER_EXIT_CODE, Known};
-use super::{Directories, cache, descriptors, listener, names, recovery};
+use super::{Directories, cache, descriptors, leftovers, listener, names, recovery};
 use crate::attach::{AttachOptions, LoadedImage, ProfileSource, attach};
 use crate::device::{Prepared, QueueOptions};
 use crate::engine::Engine;
@@ -90,6 +90,7 @@ pub fn run_server(options: ServerOptions) -> Result<()> {
     } else {
         Known::default()
     };
+    leftovers::remove(&directories);
     learn_kept_chunks(&runtime, &store);
     engine.seed_links(store.links()?);
     let server = Arc::new(Server {

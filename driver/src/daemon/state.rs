@@ -136,6 +136,12 @@ impl Records {
     }
 }
 
+/// Whether a file of that name is one that [`Records::write`] did not come to rename.
+pub(super) fn is_half_written(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str());
+    name.and_then(|name| name.strip_prefix('.')).is_some_and(|name| name.ends_with(".new"))
+}
+
 fn read_record(path: &Path) -> std::result::Result<DeviceRecord, Box<dyn std::error::Error>> {
     let len_bytes = fs::metadata(path)?.len();
     if len_bytes > RECORD_MAX_BYTES {

@@ -5,7 +5,8 @@
 //! ```
 //! The file system is mounted below the run directory, in the server's own mount namespace: nobody else sees it. Both
 //! kernel objects go with the process. The loop device clears itself when its last user closes it; while an image is still
-//! mounted on it, it stays, and reads fail until that mount is gone. What remains after `kill -9` is an empty directory.
+//! mounted on it, it stays, and reads fail until that mount is gone. What remains after `kill -9` is an empty directory, which
+//! the next server removes.
 
 use std::fs::{DirBuilder, File};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

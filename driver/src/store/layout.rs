@@ -45,9 +45,15 @@ pub(crate) struct BlobPaths {
 impl Layout {
     /// Makes the directories, and removes what an interrupted write left. For the owner of the store only.
     pub(crate) fn prepare(&self) -> Result<()> {
-        for directory in
-            [self.blobs(), self.objects(), self.metadata_directory(), self.traces(), self.pins(), self.names()]
-        {
+        for directory in [
+            self.root.clone(),
+            self.blobs(),
+            self.objects(),
+            self.metadata_directory(),
+            self.traces(),
+            self.pins(),
+            self.names(),
+        ] {
             fs::create_dir_all(&directory).map_err(|error| Error::path("make directory", &directory, error))?;
             let entries = fs::read_dir(&directory).map_err(|error| Error::path("list", &directory, error))?;
             for entry in entries {

@@ -223,11 +223,13 @@ fn objects_are_checked_and_left_overs_removed() {
     assert_eq!(store.object(digest).unwrap().unwrap(), b"manifest");
     fs::write(store.layout.object(digest), b"manifesT").unwrap();
     assert_eq!(store.object(digest).unwrap(), None);
-    let left_over = root.path().join("objects/x.tmp");
-    fs::write(&left_over, b"").unwrap();
+    let left_over = ["objects/x.tmp", "links.json.0.tmp"].map(|name| root.path().join(name));
+    for path in &left_over {
+        fs::write(path, b"").unwrap();
+    }
     drop(store);
     drop(Store::open_in_boot(root.path(), BOOT).unwrap());
-    assert!(!left_over.exists());
+    assert_eq!(left_over.map(|path| path.exists()), [false, false]);
 }
 
 /// A file system of 64 blocks, unmounted when dropped.
