@@ -19,8 +19,10 @@ use support::image::{Driver, Origin};
 use support::scenarios::compare_device;
 use support::{open_direct, read_blocks, wait_until};
 // The fixture's `crate::image`.
+use ublkimg_driver::daemon::{Directories, ServerOptions, run_server};
 use ublkimg_driver::device::{Prepared, QueueOptions, Transport, ublk};
 use ublkimg_driver::image;
+use ublkimg_driver::store::Limits;
 use ublkimg_driver::{ErrorKind, mounts, namespace};
 use ublkimg_tests::fault_row::FaultRow;
 
@@ -29,15 +31,23 @@ const CHUNK_DELAY_MS: u64 = 20;
 
 fn main() {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    if arguments.first().is_some_and(|first| first == "server") {
-        return server(&arguments[1..]);
+    match arguments.first().map(String::as_str) {
+        Some("server") => return server(&arguments[1..]),
+        Some("half-way") => return half_way(&arguments[1..]),
+        Some("daemon") => return daemon(&arguments[1..]),
+        _ => {}
     }
     let filters: Vec<_> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
-    let tests: [(&str, fn()); 6] = [
+    let tests: [(&str, fn()); 8] = [
         ("a_reader_does_not_notice_that_its_server_was_killed", a_reader_does_not_notice_that_its_server_was_killed),
         ("a_device_without_a_server_can_be_deleted", a_device_without_a_server_can_be_deleted),
         ("a_server_ends_although_its_device_is_mounted", a_server_ends_although_its_device_is_mounted),
         ("a_device_that_was_not_started_is_taken_back", a_device_that_was_not_started_is_taken_back),
+        (
+            "a_device_whose_server_was_killed_before_its_start_is_deleted_by_the_next",
+            a_device_whose_server_was_killed_before_its_start_is_deleted_by_the_next,
+        ),
+        ("a_server_that_is_killed_half_way_through_a_recovery", a_server_that_is_killed_half_way_through_a_recovery),
         ("a_mounted_device_goes_when_it_is_unmounted", a_mounted_device_goes_when_it_is_unmounted),
         ("a_killed_fuse_server_leaves_nothing", a_killed_fuse_server_leaves_nothing),
     ];
@@ -78,6 +88,51 @@ fn server(arguments: &[String]) {
     }
 }
 
+/// `half-way REFERENCE DIRECTORY [ID]`: adds a device, or begins to recover that one, says which it is, and goes no further.
+fn half_way(arguments: &[String]) {
+    let [reference, directory, rest @ ..] = arguments else { panic!("half-way: {arguments:?}") };
+    let directory = Path::new(directory);
+    namespace::enter_private(&[directory]).unwrap();
+    let driver = Driver::attach(reference, &directory.join("store"));
+    let prepared = match rest.first() {
+        Some(id) => Prepared::recover(driver.image.clone(), id.parse().unwrap()),
+        None => Prepared::new(Transport::Ublk, driver.image.clone(), QueueOptions::default(), directory),
+    };
+    let prepared = prepared.unwrap();
+    println!("{}", prepared.ublk_id().unwrap());
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+}
+
+/// `daemon DIRECTORY`: the server as it is in use.
+fn daemon(arguments: &[String]) {
+    let directory = Path::new(&arguments[0]);
+    let directories = Directories { root: directory.join("root"), run: directory.join("run") };
+    run_server(ServerOptions { directories, limits: Limits::default(), takes_over: false }).unwrap();
+}
+
+/// This program in another role.
+fn in_role(role: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.arg(role).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command
+}
+
+/// A process that has come half way, and its device.
+fn come_half_way(origin: &Origin, directory: &Path, recover: Option<u32>) -> (Child, u32) {
+    let mut command = in_role("half-way");
+    command.arg(origin.reference()).arg(directory).args(recover.map(|id| id.to_string()));
+    let mut process = command.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(process.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    (process, line.trim_end().parse().expect("it did not come half way"))
+}
+
+/// kill -9.
+fn kill(mut process: Child) {
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
 struct Server {
     process: Child,
     stdin: ChildStdin,
@@ -88,10 +143,9 @@ struct Server {
 
 impl Server {
     fn start(transport: Transport, origin: &Origin, directory: &Path, recover: Option<u32>) -> Self {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["server", &transport.to_string(), &origin.reference()]).arg(directory);
-        command.args(recover.map(|id| id.to_string()));
-        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut command = in_role("server");
+        command.args([&transport.to_string(), &origin.reference()]).arg(directory);
+        let mut process = command.args(recover.map(|id| id.to_string())).spawn().unwrap();
         let stdin = process.stdin.take().unwrap();
         let stdout = BufReader::new(process.stdout.take().unwrap());
         let mut server = Self { process, stdin, stdout, detached: String::new(), path: PathBuf::new() };
@@ -213,11 +267,48 @@ fn a_device_that_was_not_started_is_taken_back() {
         Prepared::new(Transport::Ublk, driver.image.clone(), QueueOptions::default(), directory.path()).unwrap();
     let id = prepared.ublk_id().unwrap();
     assert_eq!(state(id), Some(ublk::DeviceState::Dead));
-    let fault = FaultRow::begins("`kill -9` between adding a device and its start");
     drop(prepared);
     assert_eq!(state(id), None);
-    fault.ends("the device is deleted");
     assert_eq!(Prepared::recover(driver.image.clone(), id).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+fn a_device_whose_server_was_killed_before_its_start_is_deleted_by_the_next() {
+    if !have_ublk() {
+        return;
+    }
+    let (origin, directory) = (Origin::start(), tempfile::tempdir().unwrap());
+    let (process, id) = come_half_way(&origin, directory.path(), None);
+    assert_eq!(state(id), Some(ublk::DeviceState::Dead));
+    let fault = FaultRow::begins("`kill -9` between adding a device and its start");
+    kill(process);
+    assert_eq!(state(id), Some(ublk::DeviceState::Dead), "it is left to the next server");
+    let next = in_role("daemon").arg(directory.path()).spawn().unwrap();
+    wait_until("a deleted device", Duration::from_secs(30), || state(id).is_none());
+    fault.ends("the next server deletes the device");
+    kill(next);
+}
+
+fn a_server_that_is_killed_half_way_through_a_recovery() {
+    if !have_ublk() {
+        return;
+    }
+    let (origin, directory) = (Origin::start(), tempfile::tempdir().unwrap());
+    let first = Server::start(Transport::Ublk, &origin, directory.path(), None);
+    let (id, path) = (first.id(), first.path.clone());
+    first.kill();
+    wait_for_quiesced(id);
+    let content = origin.content();
+    let reader = std::thread::spawn(move || compare_device(&path, &content));
+    let (process, recovering) = come_half_way(&origin, directory.path(), Some(id));
+    assert_eq!(recovering, id);
+    let fault = FaultRow::begins("`kill -9` of a server amid the recovery of a device");
+    kill(process);
+    assert!(!reader.is_finished(), "nobody has served");
+    let next = Server::start(Transport::Ublk, &origin, directory.path(), Some(id));
+    reader.join().unwrap();
+    fault.ends("the reader waits for the next server: data");
+    assert_eq!(next.stop(), "Ok(())");
+    assert_eq!(state(id), None);
 }
 
 fn a_server_ends_although_its_device_is_mounted() {

@@ -50,6 +50,8 @@ pub struct Host {
     pub root: TempRoot,
     /// Where its images come from.
     pub registry: TestRegistry,
+    /// Those of others.
+    ublk_devices: Vec<String>,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -63,7 +65,7 @@ impl Host {
         let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let root = TempRoot::new().unwrap();
         let registry = TestRegistry::start(Config { auth, ..Config::default() }).unwrap();
-        Self { root, registry, _alone }
+        Self { root, registry, ublk_devices: leaks::ublk_devices(), _alone }
     }
 
     /// With the sample image converted, as `sample:v1`.
@@ -174,6 +176,7 @@ impl Host {
         }
         self.ublkimg(&["daemon", "--stop"]).success();
         assert_eq!(leaks::left_behind(self.root.path()), Vec::<String>::new());
+        assert_eq!(leaks::ublk_devices(), self.ublk_devices, "ublk devices");
     }
 }
 

@@ -89,6 +89,7 @@ else
   }
 fi
 full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-giveup" "$where-takeover" "$where-service" "$where-rights" "$where-corrupt" "$where-latency" "$where-profile" "$where-verity" "$where-soak" "$where-kills")
+[[ -z $full ]] || full_lanes+=("$where-devices")
 # The workspace's own tests of devices. On a host with ublk cargo has run them already.
 test_lanes=()
 [[ $where == host ]] || test_lanes=(uml-test-ublk uml-test-processes uml-test-cli_add uml-test-cli_daemon uml-test-cli_cache uml-test-cli_bundle uml-test-cli_runtime uml-test-cli_warm)

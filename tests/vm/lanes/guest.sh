@@ -95,16 +95,32 @@ daemons() {
     case $command in *"$WORK/run"*daemon"${1:-}"*) echo "${process#/proc/}" ;; esac
   done
 }
+# of_this_lane : processes that name the lane's directory, whatever they are: the daemon, mount helpers, warmers, commands
+of_this_lane() {
+  for process in /proc/[0-9]*; do
+    command=
+    { read -r command <"$process/cmdline"; } 2>/dev/null || true
+    case $command in *"$WORK"*) echo "${process#/proc/} $command" ;; esac
+  done
+}
 devices_before=$(devices)
 loops_before=$(loops)
 
-# finish : after everything was removed: nothing is left of it in the kernel, in mounts or as a process
+# finish : after everything was removed: nothing is left of it in the kernel, in any mount namespace, in the directories, or as
+# a process
 finish() {
   [ "$(devices)" = "$devices_before" ] || fail "devices are left: $(devices | tr '\n' ' ')"
   [ "$(loops)" = "$loops_before" ] || fail "loop devices are left: $(loops)"
   ! grep -F " $WORK/" /proc/mounts | grep erofs || fail "mounts are left"
   ublkimg daemon --stop || fail "daemon --stop ended with $?"
-  [ -z "$(daemons)" ] || fail "processes are left: $(daemons | tr '\n' ' ')"
+  # A guard that was told to end may be at it.
+  for _ in $(seq 50); do [ -n "$(of_this_lane)" ] || break; sleep 0.1; done
+  [ -z "$(of_this_lane)" ] || fail "processes are left: $(of_this_lane)"
+  ! grep -lF " $WORK/" /proc/[0-9]*/mountinfo 2>/dev/null || fail "mounts are left in the namespaces of these"
+  [ ! -e "$WORK/run/daemon.sock" ] || fail "the socket is left"
+  ! grep -F "$WORK/" /proc/net/unix || fail "somebody still listens"
+  ! find "$WORK/store" "$WORK/run" -name '*.tmp' -o -name '.*.new' | grep . || fail "temporary files are left"
+  ! ls -A "$WORK/run/fuse" 2>/dev/null | grep . || fail "mount points of FUSE are left"
   kill "$registry_pid"
   rm -rf "$WORK"
 }

@@ -26,9 +26,14 @@ wait $reader || { cat "$WORK/daemon.out"; fail "the reader ended with $?"; }
 fault_row '`kill -9` of server and guard; a daemon comes after 1 s' 'readers wait for it: data' $(($(now_ms) - began))
 cmp -s "$WORK/listed" "$IMAGES/one.list" || fail "the tree differs"
 
-# once more, the server alone: the guard brings it back without being asked
+# once more, the server alone: the guard brings it back without being asked; and all that was read is in the store for good
 echo 3 >/proc/sys/vm/drop_caches
+sent=$(stat_of bytes_sent)
+# What one leaves that is killed amid a write, or over FUSE: the next takes it away, finish sees to it.
+touch "$WORK/store/devices/.gone.new" "$WORK/store/links.json.7.tmp"
+mkdir -p "$WORK/run/fuse/gone/fuse"
 kill -9 "$(daemons --server)"
 same_tree "$WORK/one" one
+[ "$(stat_of bytes_sent)" = "$sent" ] || fail "$(($(stat_of bytes_sent) - sent)) bytes were fetched again that were stored before the kill"
 ublkimg rm one || fail "rm ended with $?"
 finish

@@ -33,20 +33,51 @@ done
 [ $queues = 1 ] || fail "$queues queue threads"
 ublkimg rm one || fail "rm ended with $?"
 
-# killed at moments of a start
-for ms in 0 20 40 60 80 100 140 180 240 300; do
+# killed at moments of a start: its record is there from before it starts
+hits=0 slowest_ms=0
+for moment in 0 1 2 3 4 5 6 7 8 9; do
+  ublkimg ls >/dev/null
+  victim=$(daemons --server)
   ublkimg add "$REG/sample:one" --name one --transport ublk >/dev/null 2>&1 &
   adding=$!
-  sleep "$(awk "BEGIN { print $ms / 1000 }")"
-  victim=$(daemons --server)
-  [ -z "$victim" ] || kill -9 "$victim" 2>/dev/null || true
+  # Nothing is run meanwhile: that would take longer than a start.
+  until [ -e "$WORK/store/devices/one.json" ] || ! kill -0 $adding 2>/dev/null; do :; done
+  spins=0
+  while [ $spins -lt $((moment * 100)) ]; do spins=$((spins + 1)); done
+  kill -9 "$victim"
   began=$(now_ms)
-  wait $adding || true
+  # Its command fails if its server had not ended the start.
+  wait $adding || hits=$((hits + 1))
   took_ms=$(($(now_ms) - began))
-  [ $took_ms -le ${slowest_ms:=0} ] || slowest_ms=$took_ms
+  [ $took_ms -le $slowest_ms ] || slowest_ms=$took_ms
   ublkimg rm one >/dev/null 2>&1 || true
 done
 [ "$(ublkimg ls | wc -l)" = 1 ] || fail "devices are left: $(ublkimg ls)"
+[ $hits -gt 0 ] || fail "no server was killed while a device started"
 fault_row '`kill -9` during START_DEV' 'the command fails or a new server ends it; nothing hangs' "$slowest_ms"
-say "no reads at the start of a device; ten servers killed at moments of one left nothing"
+
+# killed while a device is deleted, for which the kernel waits as long as somebody has it open
+ublkimg add "$REG/sample:one" --name one --transport ublk >"$WORK/added" || fail "add ended with $?"
+DEV=$(cat "$WORK/added")
+exec 9<"$DEV"
+ublkimg rm --force one >/dev/null 2>&1 &
+removing=$!
+for _ in $(seq 100); do [ -e "/sys/block/${DEV#/dev/}" ] || break; sleep 0.02; done
+[ ! -e "/sys/block/${DEV#/dev/}" ] || fail "$DEV is not being removed"
+kill -0 $removing 2>/dev/null || fail "rm did not wait for who has $DEV open"
+began=$(now_ms)
+kill -9 "$(daemons --server)"
+wait $removing && fail "rm ended well although its server was killed"
+exec 9<&-
+for _ in $(seq 500); do [ "$(devices)" != "$devices_before" ] || break; sleep 0.02; done
+[ "$(devices)" = "$devices_before" ] || fail "a device that was half deleted is left: $(devices)"
+fault_row '`kill -9` while a device in use is deleted' 'the command fails; the device goes when it is closed' $(($(now_ms) - began))
+# Only a server that is there can be stopped: ls says on stderr that there is none.
+for _ in $(seq 500); do
+  ublkimg ls >"$WORK/list" 2>"$WORK/list.errors"
+  [ -s "$WORK/list.errors" ] || break
+  sleep 0.02
+done
+[ "$(wc -l <"$WORK/list")" = 1 ] || fail "devices are left: $(cat "$WORK/list")"
+say "no reads at the start of a device; of ten servers killed at moments of one $hits were at starting it"
 finish
