@@ -11,8 +11,10 @@ life_s=$((seconds / 3))
 # Limits for a daemon with two small images, many times what it has after it was started; and what it may have more at the end of
 # its life than before. It has more or less by so much in any case, with the fetches that are under way.
 rss_kb_max=150000 files_max=150
-rss_kb_growth_max=8000 files_growth_max=12
+rss_kb_growth_max=8000 files_growth_max=15
 guard_kb_growth_max=1000 guard_files_growth_max=2
+# A server of ten seconds has hardly warmed up: only a gross leak shows there.
+[ $life_s -ge 30 ] || rss_kb_growth_max=30000 files_growth_max=40
 
 # sample PID FILE : what a process has: memory in KB, descriptors; by the shell alone, so that it costs nothing
 sample() {
@@ -46,7 +48,7 @@ flat() {
   [ "$6" -le "$3" ] && [ "$7" -le "$4" ] || { cat "$1"; fail "$2 grew"; }
 }
 
-# met : how many requests have met the outage; 0 while the registry is down
+# met : how many requests have met the outage; 0 while the registry is down, where none gets so far
 met() { { control /_faults 2>/dev/null || true; } | sed -n 's/^ *"hits": \([0-9]*\).*/\1/p' | grep . || echo 0; }
 # outage MS : the registry fails in the next way, for so long; what came of the one before is noted
 ways=0 way=none
@@ -96,7 +98,7 @@ done
 outage 1
 over $((seconds / life_s / 2))
 wait $samples_pid
-say "outages, and requests that met them: $(awk 'NR > 1 { n[$1]++; hits[$1] += $2 } END { for (way in n) printf "%s %d %d; ", way, n[way], hits[way] }' "$WORK/outages")after a kill in $amid of $lives"
+say "outages, and requests that met them: $(awk 'NR > 1 { n[$1]++; hits[$1] += $2 } END { for (way in n) printf "%s %d %s; ", way, n[way], way == "refuse" ? "(not counted)" : hits[way] }' "$WORK/outages")after a kill in $amid of $lives"
 awk 'NR > 1 { n[$1]++; hits[$1] += $2 } END { for (way in n) if (n[way] > 2 && hits[way] == 0 && way != "refuse") exit 1 }' "$WORK/outages" ||
   fail "a way to fail met no request"
 [ $amid -gt 0 ] || fail "no request of a new server met an outage that its predecessor had"
