@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use url::Url;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::options::ClientOptions;
 use crate::retry::{Failure, Retry};
 use crate::transport::Transport;
 
@@ -25,6 +26,7 @@ mod credentials;
 mod helper;
 
 use challenge::Challenge;
+pub use credentials::usual_credential_files;
 use credentials::{CredentialFiles, Credentials};
 
 /// Tokens of cloud registries reach 10 KiB.
@@ -93,8 +95,8 @@ struct State {
 }
 
 impl Authenticator {
-    pub(crate) fn new(registry: &str, repository: &str, auth_file: Option<&std::path::Path>) -> Self {
-        let files = CredentialFiles::new(auth_file);
+    pub(crate) fn new(registry: &str, repository: &str, options: &ClientOptions) -> Self {
+        let files = CredentialFiles::new(options);
         let (registry, repository) = (registry.to_owned(), repository.to_owned());
         Self { registry, repository, files, state: Mutex::default() }
     }

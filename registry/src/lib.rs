@@ -11,9 +11,10 @@
 //!
 //! **Secrets stay home.** `Authorization` goes to the registry's own host only; redirects are followed by this crate, not by
 //! the HTTP library, and a redirect's address (signed, therefore secret) appears in no message. Credentials come, in this
-//! order, from `$REGISTRY_AUTH_FILE` (and then from nowhere else), `$XDG_RUNTIME_DIR/containers/auth.json`,
-//! `$XDG_CONFIG_HOME/containers/auth.json` (default `~/.config`), `$DOCKER_CONFIG/config.json` (default `~/.docker`), with
-//! their credential helpers; [`ClientOptions::auth_file`] replaces them all.
+//! order, from `$REGISTRY_AUTH_FILE` (and then from nowhere else), `$XDG_RUNTIME_DIR/containers/auth.json` (default
+//! `/run/containers/UID/auth.json`), `$XDG_CONFIG_HOME/containers/auth.json` (default `~/.config`), `$DOCKER_CONFIG/config.json`
+//! (default `~/.docker`), with their credential helpers. [`ClientOptions::credential_files`] names other places, for a
+//! process that works for others; [`ClientOptions::auth_file`] replaces them all.
 //!
 //! **Mirrors** of a registry are tried before it, in the order of its `hosts.toml` in [`ClientOptions::hosts_dirs`]; see
 //! `mirrors` and `hosts`.
@@ -44,6 +45,7 @@ mod retry;
 mod tls;
 mod transport;
 
+pub use auth::usual_credential_files;
 pub use blob::{BlobReader, BlobSource, RangeStream};
 pub use digest::Digest;
 pub use error::{Error, ErrorKind, Result};

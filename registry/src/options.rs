@@ -10,8 +10,11 @@ pub struct ClientOptions {
     /// loopback hosts only.
     pub plain_http: bool,
     /// The one file to take credentials from, in the format of docker's `config.json` or containers' `auth.json`; an
-    /// empty file means anonymous. `None` = the usual places, see [`crate`].
+    /// empty file means anonymous. `None` = `credential_files`.
     pub auth_file: Option<PathBuf>,
+    /// Files of the same formats that are looked at in this order; those that are not there are passed over. None = the
+    /// usual places of this process, see [`crate`].
+    pub credential_files: Vec<PathBuf>,
     /// Directories with a `hosts.toml` for each registry, as containerd has them: the first one that has a file for a registry
     /// says which mirrors are tried before it. The file is read when a repository is opened.
     pub hosts_dirs: Vec<PathBuf>,
@@ -31,6 +34,7 @@ impl Default for ClientOptions {
         Self {
             plain_http: false,
             auth_file: None,
+            credential_files: Vec::new(),
             hosts_dirs: Vec::new(),
             connect_timeout: Duration::from_secs(5),
             response_timeout: Duration::from_secs(10),

@@ -52,7 +52,7 @@ impl Remote {
     pub(crate) fn new(reference: &Reference, endpoint: Endpoint, options: &ClientOptions) -> Result<Self> {
         let base = endpoint.repository(reference)?;
         Ok(Self {
-            auth: Authenticator::new(&endpoint.name, reference.repository(), options.auth_file.as_deref()),
+            auth: Authenticator::new(&endpoint.name, reference.repository(), options),
             transport: Transport::new(reference, endpoint, options)?,
             slots: Semaphore::new(MAX_REQUESTS),
             routes: Routes::default(),

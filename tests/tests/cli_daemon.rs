@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::Value;
+use ublkimg_tests::command::ublkimg;
 use ublkimg_tests::fault_row::FaultRow;
 use ublkimg_tests::host::{self, Host};
 use ublkimg_tests::leaks;
-use ublkimg_tests::registry::Auth;
+use ublkimg_tests::registry::{Auth, Credentials};
+use ublkimg_tests::sample_image::SampleImage;
 use ublkimg_tests::skip;
 use ublkimg_tests::temp_root::TempRoot;
 
@@ -171,4 +173,44 @@ fn logs_are_json_where_that_is_wanted() {
         }
     }
     host.end();
+}
+
+/// The daemon of the unit has no HOME, and knows nothing of who calls it.
+#[test]
+fn credentials_are_those_of_the_caller() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::new(Auth::Basic(Credentials::new("user", "right")));
+    SampleImage::default().write_layout(&host.root.join("source"), "v1").unwrap();
+    host.convert("source", "sample");
+    let mut daemon = host.daemon_under(&["env", "-u", "HOME"]);
+    host.add("sample", &[]).refused(4, &["wants credentials", "docker login"]);
+    let docker = host.root.join("docker");
+    std::fs::create_dir(&docker).unwrap();
+    let log_in = |basic: &str| {
+        let auths = format!(r#"{{"auths": {{"{}": {{"auth": "{basic}"}}}}}}"#, host.registry.addr());
+        std::fs::write(docker.join("config.json"), auths).unwrap();
+    };
+    let mount = host.root.join("mnt-sample");
+    let add = || {
+        let words = ["add", &host.registry.reference("sample", "v1"), "--mount", mount.to_str().unwrap()];
+        ublkimg(host.root.path()).env("DOCKER_CONFIG", &docker).args(words).run()
+    };
+    log_in("dXNlcjp3cm9uZw==");
+    add().refused(4, &["were refused"]);
+    log_in("dXNlcjpyaWdodA==");
+    add().success();
+    assert_eq!(std::fs::read(mount.join("etc/added")).unwrap(), b"added\n");
+    if Path::new("/dev/ublk-control").exists() {
+        // The next server has it from the record.
+        let [server] = processes(&host, "--server")[..] else { panic!("{:?}", leaks::processes_of(host.root.path())) };
+        host.kill_server();
+        host::wait_until("another server", || processes(&host, "--server").iter().any(|process| *process != server));
+        host.registry.reset_stats();
+        assert_eq!(std::fs::read(mount.join("data/noise")).unwrap().len(), 2 * 1024 * 1024 + 17);
+        assert!(host.registry.stats().requests.contains_key("blob_get"), "{:?}", host.registry.stats().requests);
+    }
+    host.end();
+    daemon.wait().unwrap();
 }

@@ -14,6 +14,7 @@ use ublkimg_driver::daemon::{Directories, client, device_name};
 use ublkimg_driver::device::{DataPath, QueueOptions, Transport};
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_driver::{mounts, verity};
+use ublkimg_registry::usual_credential_files;
 
 use super::root::{self, Root};
 use super::{daemon, fill, local, mount_helper};
@@ -166,6 +167,7 @@ pub(super) fn request(
         queue: queue(attach),
         plain_http: attach.registry.plain_http,
         auth_file: attach.registry.auth_file.as_deref().map(super::absolute).transpose()?,
+        credential_files: usual_credential_files(),
         hosts_dirs: attach.registry.hosts_dirs.clone(),
         attach_timeout_ms: milliseconds(attach.timeout),
         read_timeout_ms: milliseconds(attach.io_timeout),

@@ -8,6 +8,7 @@ use ublkimg_driver::daemon::protocol::{Answer, PullRequest, Request, StartOption
 use ublkimg_driver::daemon::{client, pull_here};
 use ublkimg_driver::pull::{Pull as What, Pulled};
 use ublkimg_driver::{Engine, Store, learn_kept_chunks};
+use ublkimg_registry::usual_credential_files;
 
 use super::add;
 use crate::args::Global;
@@ -23,6 +24,7 @@ pub(super) fn run(global: &Global, command: &Pull) -> anyhow::Result<()> {
         reference: super::location(&command.reference)?.to_string(),
         plain_http: command.registry.plain_http,
         auth_file: command.registry.auth_file.as_deref().map(super::absolute).transpose()?,
+        credential_files: usual_credential_files(),
         hosts_dirs: command.registry.hosts_dirs.clone(),
         read_timeout_ms: add::milliseconds(command.io_timeout),
         start: StartOptions {

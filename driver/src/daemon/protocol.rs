@@ -35,6 +35,9 @@ pub struct PullRequest {
     pub plain_http: bool,
     /// File with credentials, absolute.
     pub auth_file: Option<PathBuf>,
+    /// See [`ublkimg_registry::ClientOptions::credential_files`]: where the command looks for them without `auth_file`; absolute.
+    #[serde(default)]
+    pub credential_files: Vec<PathBuf>,
     /// See [`ublkimg_registry::ClientOptions::hosts_dirs`]; absolute.
     #[serde(default)]
     pub hosts_dirs: Vec<PathBuf>,
@@ -226,6 +229,9 @@ pub struct AddRequest {
     pub plain_http: bool,
     /// A credentials file to use instead of the usual ones.
     pub auth_file: Option<PathBuf>,
+    /// See [`PullRequest::credential_files`].
+    #[serde(default)]
+    pub credential_files: Vec<PathBuf>,
     /// See [`ublkimg_registry::ClientOptions::hosts_dirs`]; absolute.
     #[serde(default)]
     pub hosts_dirs: Vec<PathBuf>,

@@ -274,7 +274,13 @@ impl Server {
         let transport = blocking(move || kernel::choose(request.transport)).await?;
         let location: Location = parse_location(&request.reference)?;
         let holds_reads = request.holds_reads;
-        let client = client(request.plain_http, request.auth_file.clone(), request.hosts_dirs.clone());
+        let client = ClientOptions {
+            plain_http: request.plain_http,
+            auth_file: request.auth_file.clone(),
+            credential_files: request.credential_files.clone(),
+            hosts_dirs: request.hosts_dirs.clone(),
+            ..ClientOptions::default()
+        };
         let mut options = options(client, request.read_timeout_ms, holds_reads);
         options.attach_deadline = Duration::from_millis(request.attach_timeout_ms);
         options.profile = source(&request.start.profile)?;
@@ -290,6 +296,7 @@ impl Server {
             ublk_id: None,
             plain_http: request.plain_http,
             auth_file: request.auth_file,
+            credential_files: request.credential_files,
             hosts_dirs: request.hosts_dirs,
             read_timeout_ms: request.read_timeout_ms,
             holds_reads,
@@ -434,7 +441,13 @@ impl Server {
 /// As [`crate::pull::pull`]; `Invalid` for a reference or a profile that is none.
 pub async fn pull_here(store: &Arc<Store>, engine: &Engine, request: &PullRequest) -> Result<Pulled> {
     let location = parse_location(&request.reference)?;
-    let client = client(request.plain_http, request.auth_file.clone(), request.hosts_dirs.clone());
+    let client = ClientOptions {
+        plain_http: request.plain_http,
+        auth_file: request.auth_file.clone(),
+        credential_files: request.credential_files.clone(),
+        hosts_dirs: request.hosts_dirs.clone(),
+        ..ClientOptions::default()
+    };
     let mut options = options(client, request.read_timeout_ms, false);
     options.profile = source(&request.start.profile)?;
     options.command = command(&request.start.command);
@@ -471,13 +484,14 @@ fn parse_location(text: &str) -> Result<Location> {
 
 /// Where the chunks of a recorded device come from, and how.
 pub(super) fn options_of(record: &DeviceRecord) -> Result<(Location, AttachOptions)> {
-    let client = client(record.plain_http, record.auth_file.clone(), record.hosts_dirs.clone());
+    let client = ClientOptions {
+        plain_http: record.plain_http,
+        auth_file: record.auth_file.clone(),
+        credential_files: record.credential_files.clone(),
+        hosts_dirs: record.hosts_dirs.clone(),
+        ..ClientOptions::default()
+    };
     Ok((parse_location(&record.reference)?, options(client, record.read_timeout_ms, record.holds_reads)))
-}
-
-/// How the registry of a request or a record is spoken to.
-fn client(plain_http: bool, auth_file: Option<PathBuf>, hosts_dirs: Vec<PathBuf>) -> ClientOptions {
-    ClientOptions { plain_http, auth_file, hosts_dirs, ..ClientOptions::default() }
 }
 
 fn options(client: ClientOptions, read_timeout_ms: u64, holds_reads: bool) -> AttachOptions {

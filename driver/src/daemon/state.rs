@@ -36,6 +36,9 @@ pub struct DeviceRecord {
     pub plain_http: bool,
     /// See [`super::protocol::AddRequest::auth_file`].
     pub auth_file: Option<PathBuf>,
+    /// See [`super::protocol::AddRequest::credential_files`]. Older records lack it: then the server looks where it would itself.
+    #[serde(default)]
+    pub credential_files: Vec<PathBuf>,
     /// See [`super::protocol::AddRequest::hosts_dirs`]. Records of version 0.1.0 lack it.
     #[serde(default)]
     pub hosts_dirs: Vec<PathBuf>,
@@ -179,6 +182,7 @@ mod tests {
             ublk_id: Some(3),
             plain_http: false,
             auth_file: None,
+            credential_files: vec!["/etc/docker/config.json".into()],
             hosts_dirs: Vec::new(),
             read_timeout_ms: 300_000,
             holds_reads: false,

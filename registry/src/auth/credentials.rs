@@ -18,6 +18,7 @@ use serde::Deserialize;
 
 use super::helper;
 use crate::error::{Error, Result};
+use crate::options::ClientOptions;
 
 /// A file of credentials for every registry of the world is shorter.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -70,26 +71,22 @@ pub(super) struct CredentialFiles {
 }
 
 impl CredentialFiles {
-    /// The file that the caller names, or the usual places.
-    pub(super) fn new(auth_file: Option<&Path>) -> Self {
-        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        match auth_file {
-            Some(file) => Self { files: vec![file.to_owned()], required: true },
-            None => Self::usual(variable),
-        }
+    /// The file that the caller names, else the places that it names, else those of this process.
+    pub(super) fn new(options: &ClientOptions) -> Self {
+        Self::of(options, variable, rustix::process::getuid().as_raw())
     }
 
-    fn usual(variable: impl Fn(&str) -> Option<PathBuf>) -> Self {
-        if let Some(file) = variable("REGISTRY_AUTH_FILE") {
-            return Self { files: vec![file], required: true };
+    fn of(options: &ClientOptions, variable: impl Fn(&str) -> Option<PathBuf>, user: u32) -> Self {
+        if let Some(file) = &options.auth_file {
+            return Self { files: vec![file.clone()], required: true };
         }
-        let home = |below: &str| variable("HOME").map(|home| home.join(below));
-        let runtime = variable("XDG_RUNTIME_DIR");
-        let config = variable("XDG_CONFIG_HOME").or_else(|| home(".config"));
-        let docker = variable("DOCKER_CONFIG").or_else(|| home(".docker"));
-        let places = [(runtime, "containers/auth.json"), (config, "containers/auth.json"), (docker, "config.json")];
-        let files = places.into_iter().filter_map(|(dir, file)| Some(dir?.join(file))).collect();
-        Self { files, required: false }
+        if !options.credential_files.is_empty() {
+            return Self { files: options.credential_files.clone(), required: false };
+        }
+        match variable("REGISTRY_AUTH_FILE") {
+            Some(file) => Self { files: vec![file], required: true },
+            None => Self { files: usual(variable, user), required: false },
+        }
     }
 
     /// What is on file for a repository; `None` = nothing.
@@ -144,6 +141,41 @@ impl CredentialFiles {
         let parsed = serde_json::from_slice(&bytes);
         parsed.map(Some).map_err(|cause| failed(&format_args!("line {} is not what it should be", cause.line())))
     }
+}
+
+/// Where podman and docker keep the logins of whoever runs this process, in the order in which they are looked at; absolute, and
+/// whether the files are there or not. `$REGISTRY_AUTH_FILE` is not among them: it would be the only one.
+#[must_use]
+pub fn usual_credential_files() -> Vec<PathBuf> {
+    let files = usual(variable, rustix::process::getuid().as_raw());
+    files.iter().filter_map(|file| std::path::absolute(file).ok()).collect()
+}
+
+fn usual(variable: impl Fn(&str) -> Option<PathBuf>, user: u32) -> Vec<PathBuf> {
+    let home = home(&variable, user);
+    let in_home = |below: &str| home.as_ref().map(|home| home.join(below));
+    // As podman has it (containers-auth.json(5)).
+    let podman = variable("XDG_RUNTIME_DIR").map(|dir| dir.join("containers"));
+    let podman = podman.unwrap_or_else(|| format!("/run/containers/{user}").into());
+    let config = variable("XDG_CONFIG_HOME").or_else(|| in_home(".config"));
+    let docker = variable("DOCKER_CONFIG").or_else(|| in_home(".docker"));
+    let others = [(config, "containers/auth.json"), (docker, "config.json")];
+    let others = others.into_iter().filter_map(|(dir, file)| Some(dir?.join(file)));
+    std::iter::once(podman.join("auth.json")).chain(others).collect()
+}
+
+/// A system service has no HOME unless it has a User= (systemd.exec(5)).
+fn home(variable: impl Fn(&str) -> Option<PathBuf>, user: u32) -> Option<PathBuf> {
+    variable("HOME").or_else(|| (user == 0).then(|| PathBuf::from("/root")))
+}
+
+/// The home that a helper is to have, which keeps its own things there.
+pub(super) fn own_home() -> Option<PathBuf> {
+    home(variable, rustix::process::getuid().as_raw())
+}
+
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 #[derive(Deserialize, Default)]

@@ -10,6 +10,10 @@ fn files(dir: &Path, contents: &[&str]) -> CredentialFiles {
     CredentialFiles { files, required: false }
 }
 
+fn named(path: &str) -> CredentialFiles {
+    CredentialFiles::new(&ClientOptions { auth_file: Some(path.into()), ..ClientOptions::default() })
+}
+
 fn password(user: &str, password: &str) -> Option<Credentials> {
     Some(Credentials::Password { user: user.to_owned(), password: password.to_owned() })
 }
@@ -70,25 +74,39 @@ async fn bad_files_are_named_and_never_quoted() {
         assert!(error.to_string().contains("0.json"), "{error}");
         assert!(!format!("{error:?}").contains("SECRET"), "{error:?}");
     }
-    let missing = CredentialFiles::new(Some(Path::new("/nonexistent/auth.json"))).find("h.io", "x").await.unwrap_err();
+    let missing = named("/nonexistent/auth.json").find("h.io", "x").await.unwrap_err();
     assert!(missing.to_string().starts_with("cannot read credentials from /nonexistent/auth.json: "), "{missing}");
-    assert_eq!(CredentialFiles::new(Some(Path::new("/dev/null"))).find("h.io", "x").await.unwrap(), None);
+    assert_eq!(named("/dev/null").find("h.io", "x").await.unwrap(), None);
     assert!(!format!("{:?}", password("u", "SECRET")).contains("SECRET"));
 }
 
 #[test]
 fn the_usual_places_in_order() {
-    let variables = |set: &'static [(&str, &str)]| {
-        let found = move |name: &str| set.iter().find(|(key, _)| *key == name).map(|(_, value)| PathBuf::from(value));
-        CredentialFiles::usual(found).files
+    let found = |set: &'static [(&str, &str)], user: u32, options: ClientOptions| {
+        let variable =
+            move |name: &str| set.iter().find(|(key, _)| *key == name).map(|(_, value)| PathBuf::from(value));
+        let chosen = CredentialFiles::of(&options, variable, user);
+        (chosen.files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(" "), chosen.required)
     };
-    assert_eq!(variables(&[("REGISTRY_AUTH_FILE", "/r"), ("HOME", "/h")]), [PathBuf::from("/r")]);
-    let expected = ["/h/.config/containers/auth.json", "/h/.docker/config.json"].map(PathBuf::from);
-    assert_eq!(variables(&[("HOME", "/h")]), expected);
-    let expected = ["/run/containers/auth.json", "/c/containers/auth.json", "/d/config.json"].map(PathBuf::from);
-    let set = &[("HOME", "/h"), ("XDG_RUNTIME_DIR", "/run"), ("XDG_CONFIG_HOME", "/c"), ("DOCKER_CONFIG", "/d")];
-    assert_eq!(variables(set), expected);
-    assert!(variables(&[]).is_empty());
+    let usual = |set, user| found(set, user, ClientOptions::default());
+    let places = |files: &str| (files.to_owned(), false);
+    let only = |file: &str| (file.to_owned(), true);
+
+    let expected = places("/run/containers/7/auth.json /h/.config/containers/auth.json /h/.docker/config.json");
+    assert_eq!(usual(&[("HOME", "/h")], 7), expected);
+    let set = &[("HOME", "/h"), ("XDG_RUNTIME_DIR", "/x"), ("XDG_CONFIG_HOME", "/c"), ("DOCKER_CONFIG", "/d")];
+    assert_eq!(usual(set, 7), places("/x/containers/auth.json /c/containers/auth.json /d/config.json"));
+    // A service of root's has no HOME.
+    let expected = "/run/containers/0/auth.json HOME/.config/containers/auth.json HOME/.docker/config.json";
+    assert_eq!(usual(&[], 0), places(&expected.replace("HOME", "/root")));
+    assert_eq!(usual(&[("HOME", "/h")], 0).0.split(' ').next_back(), Some("/h/.docker/config.json"));
+    assert_eq!(usual(&[], 7), places("/run/containers/7/auth.json"));
+    // What is named wins over what is set, and one file over several.
+    let set = &[("REGISTRY_AUTH_FILE", "/r"), ("HOME", "/h")];
+    assert_eq!(usual(set, 0), only("/r"));
+    let callers = ClientOptions { credential_files: vec!["/a".into(), "/b".into()], ..ClientOptions::default() };
+    assert_eq!(found(set, 0, callers.clone()), places("/a /b"));
+    assert_eq!(found(set, 0, ClientOptions { auth_file: Some("/f".into()), ..callers }), only("/f"));
 }
 
 #[tokio::test]

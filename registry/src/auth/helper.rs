@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use super::credentials::Credentials;
+use super::credentials::{self, Credentials};
 use crate::error::{Error, Result};
 
 /// Helpers that ask a cloud service take a second or two; one that asks a person at a screen cannot work here.
@@ -61,6 +61,7 @@ async fn ask(program: &str, server: &str, limit: Duration) -> Result<Option<Cred
 async fn run(program: &str, server: &str) -> std::io::Result<(bool, Vec<u8>)> {
     let mut child = Command::new(program)
         .arg("get")
+        .envs(credentials::own_home().map(|home| ("HOME", home)))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())

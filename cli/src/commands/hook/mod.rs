@@ -25,6 +25,7 @@ use ublkimg_driver::daemon::{Directories, client};
 use ublkimg_driver::device::QueueOptions;
 use ublkimg_driver::error::{Error, ErrorKind};
 use ublkimg_image::Sha256;
+use ublkimg_registry::usual_credential_files;
 
 pub(super) use self::state::{MOUNT_PREFIX, POSTSTOP, REMOVE, ROOT};
 
@@ -185,6 +186,7 @@ impl Call<'_> {
             queue: QueueOptions::default(),
             plain_http: self.command.registry.plain_http,
             auth_file: self.command.registry.auth_file.as_deref().map(super::absolute).transpose()?,
+            credential_files: usual_credential_files(),
             hosts_dirs: self.command.registry.hosts_dirs.clone(),
             attach_timeout_ms: add::milliseconds(self.command.timeout),
             read_timeout_ms: add::milliseconds(self.command.io_timeout),

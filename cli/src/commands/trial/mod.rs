@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use ublkimg_driver::daemon::protocol::{AddRequest, StartOptions};
 use ublkimg_driver::device::{QueueOptions, Transport};
 use ublkimg_driver::error::{Error, ErrorKind};
+use ublkimg_registry::usual_credential_files;
 
 use super::add;
 use crate::args::RegistryOptions;
@@ -55,6 +56,7 @@ pub(super) fn request(
         queue: QueueOptions::default(),
         plain_http: registry.plain_http,
         auth_file: registry.auth_file.as_deref().map(super::absolute).transpose()?,
+        credential_files: usual_credential_files(),
         hosts_dirs: registry.hosts_dirs.clone(),
         attach_timeout_ms: add::milliseconds(ATTACH_TIMEOUT),
         read_timeout_ms: add::milliseconds(READ_TIMEOUT),
