@@ -3,11 +3,13 @@
 use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
 
-use ublkimg_image::{DeviceSlot, MergeRecord, read_tree, write_merged};
+use ublkimg_image::{DeviceSlot, MergeRecord, Sha256, read_tree, write_merged};
+use ublkimg_registry::descriptor::Platform;
 
 use crate::blob::write_layer_blob;
 use crate::chunk_size::ChunkSize;
 use crate::compression::Decompressor;
+use crate::config::Config;
 use crate::error::Result;
 use crate::frames::Compress;
 use crate::layer::read_tar;
@@ -48,6 +50,31 @@ pub fn archive(data: &[u8]) {
     }
     assert!(entries <= data.len() / BLOCK);
     assert!(reader.position_bytes() <= data.len() as u64);
+}
+
+/// Takes an image config over into a converted image: it stays one, with the layers that the image has now.
+///
+/// # Panics
+/// If not.
+pub fn config(data: &[u8]) {
+    let Ok(config) = Config::parse(data) else { return };
+    let platform = config.platform(&Platform::host());
+    let _ = config.diff_ids(2);
+    let ids = [Sha256::of(b"1"), Sha256::of(b"2")];
+    let again = Config::parse(&config.converted(&ids, true)).expect("what was converted");
+    assert_eq!(again.diff_ids(2).expect("two layers"), Some(ids.to_vec()));
+    assert_eq!(again.platform(&Platform::host()), platform);
+}
+
+/// Configs with what is changed in them.
+#[must_use]
+pub fn config_seeds() -> Vec<Vec<u8>> {
+    let id = Sha256::of(b"0");
+    let whole = format!(
+        r#"{{"os":"linux","architecture":"arm64","variant":"v8","created":"2020-01-01T00:00:00Z","os.features":["x"],
+        "config":{{"Env":["A=B"]}},"history":[{{"created_by":"a"}}],"rootfs":{{"type":"layers","diff_ids":["{id}","{id}"]}}}}"#
+    );
+    vec![whole.into_bytes(), b"{}".to_vec(), br#"{"history":null,"os.features":null,"rootfs":null}"#.to_vec()]
 }
 
 /// Decompresses a layer.

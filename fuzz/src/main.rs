@@ -29,10 +29,12 @@ struct Target {
     seeds: fn() -> Vec<Vec<u8>>,
 }
 
-const TARGETS: [Target; 14] = [
+const TARGETS: [Target; 16] = [
     Target { name: "tar", check: ublkimg_convert::fuzzing::archive, seeds: ublkimg_convert::fuzzing::archive_seeds },
     Target { name: "decompress", check: ublkimg_convert::fuzzing::decompress, seeds: layers::decompress_seeds },
     Target { name: "layers", check: layers::layers, seeds: layers::layers_seeds },
+    Target { name: "config", check: ublkimg_convert::fuzzing::config, seeds: ublkimg_convert::fuzzing::config_seeds },
+    Target { name: "http", check: ublkimg_registry::fuzzing::http, seeds: ublkimg_registry::fuzzing::http_seeds },
     Target { name: "manifest", check: manifests::manifest, seeds: manifests::manifest_seeds },
     Target { name: "trace", check: traces::trace, seeds: traces::trace_seeds },
     Target { name: "trace_log", check: traces::trace_log, seeds: traces::trace_log_seeds },

@@ -27,6 +27,10 @@ pub(crate) fn manifest(data: &[u8]) {
     if let Ok(index) = Index::parse(data) {
         assert!(profiles(data, &image).expect("an index").len() <= index.manifests.len());
         let _ = choose(data, &Platform::new("linux", "amd64"));
+        // An index that can be edited is one afterwards, with the profile in it.
+        if let Ok(edited) = add_to_index(data, &profile_seed(), true) {
+            assert!(!profiles(&edited, &image).expect("what was edited").is_empty());
+        }
     }
     let _: Result<Manifest, _> = serde_json::from_slice(data);
 }
@@ -42,6 +46,20 @@ fn index_seed() -> Vec<u8> {
         Digest::of(b"image")
     )
     .into_bytes()
+}
+
+/// A profile of the image in [`index_seed`].
+fn profile_seed() -> Vec<u8> {
+    let subject = Descriptor::new("application/vnd.oci.image.manifest.v1+json", Digest::of(b"image"), 7);
+    let profile = ProfileManifest {
+        subject,
+        command: Some(digest(1)),
+        name: Some("web".to_owned()),
+        trace: ProfileManifest::describe_trace(b"trace", false),
+        hot: None,
+        annotations: [("a".to_owned(), "b".to_owned())].into(),
+    };
+    profile.to_bytes().expect("a sound profile").to_vec()
 }
 
 pub(crate) fn manifest_seeds() -> Vec<Vec<u8>> {
@@ -70,5 +88,6 @@ pub(crate) fn manifest_seeds() -> Vec<Vec<u8>> {
         },
         annotations: [("a".to_owned(), "b".to_owned())].into(),
     };
-    vec![image.to_bytes(), index_seed(), b"{\"schemaVersion\":2,\"layers\":null}".to_vec()]
+    let with_profile = add_to_index(&index_seed(), &profile_seed(), true).expect("an index of the image");
+    vec![image.to_bytes(), index_seed(), with_profile.to_vec(), b"{\"schemaVersion\":2,\"layers\":null}".to_vec()]
 }

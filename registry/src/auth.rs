@@ -21,7 +21,7 @@ use crate::options::ClientOptions;
 use crate::retry::{Failure, Retry};
 use crate::transport::Transport;
 
-mod challenge;
+pub(crate) mod challenge;
 mod credentials;
 mod helper;
 
@@ -248,10 +248,7 @@ impl Authenticator {
         let answer: TokenAnswer = serde_json::from_slice(&body).map_err(|_| {
             Failure::suspect(Error::corrupt(format!("{name} answers with something other than a token")))
         })?;
-        let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
-        let token = token.ok_or_else(|| Error::corrupt(format!("{name} answers without a token")))?;
-        let lifetime = answer.expires_in.map_or(DEFAULT_LIFETIME, |seconds| Duration::from_secs(u64::from(seconds)));
-        Ok(Grant::new(&format!("Bearer {token}"), Some(lifetime), personal)?)
+        Ok(answer.grant(&name, personal)?)
     }
 }
 
@@ -271,8 +268,18 @@ impl std::fmt::Debug for Authenticator {
 }
 
 #[derive(Deserialize)]
-struct TokenAnswer {
+pub(crate) struct TokenAnswer {
     token: Option<String>,
     access_token: Option<String>,
     expires_in: Option<u32>,
+}
+
+impl TokenAnswer {
+    /// What the service `name` has granted.
+    pub(crate) fn grant(self, name: &str, personal: bool) -> Result<Grant> {
+        let token = self.token.or(self.access_token).filter(|token| !token.is_empty());
+        let token = token.ok_or_else(|| Error::corrupt(format!("{name} answers without a token")))?;
+        let lifetime = self.expires_in.map_or(DEFAULT_LIFETIME, |seconds| Duration::from_secs(u64::from(seconds)));
+        Grant::new(&format!("Bearer {token}"), Some(lifetime), personal)
+    }
 }

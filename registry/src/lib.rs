@@ -32,6 +32,8 @@ mod digest;
 mod endpoint;
 pub mod erofs_manifest;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod gate;
 mod hosts;
 mod layout;

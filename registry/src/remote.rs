@@ -20,10 +20,10 @@ use crate::repository::Resolved;
 use crate::retry::{Backoff, Failure};
 use crate::transport::Transport;
 
-mod blob_read;
+pub(crate) mod blob_read;
 mod blob_stream;
 mod push;
-mod referrers;
+pub(crate) mod referrers;
 mod routes;
 
 use routes::Routes;

@@ -4,7 +4,7 @@ use reqwest::header::{HeaderMap, WWW_AUTHENTICATE};
 
 /// How the registry wants to be convinced.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Challenge {
+pub(crate) enum Challenge {
     /// User and password with every request (RFC 7617).
     Basic,
     /// A token from a token service (docs.docker.com/registry/spec/auth/token).
@@ -13,7 +13,7 @@ pub(super) enum Challenge {
 
 impl Challenge {
     /// The challenge of a 401, Bearer before Basic where both are offered.
-    pub(super) fn of(headers: &HeaderMap) -> Option<Self> {
+    pub(crate) fn of(headers: &HeaderMap) -> Option<Self> {
         let values = headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
         let all: Vec<Self> = values.flat_map(parse).collect();
         all.iter().find(|challenge| **challenge != Self::Basic).or(all.first()).cloned()

@@ -206,7 +206,7 @@ fn is_stale(status: StatusCode) -> bool {
 }
 
 /// `bytes a-b/total` as the half-open range a..b+1 (RFC 9110, section 14.4).
-fn parse_content_range(text: &str) -> Option<Range<u64>> {
+pub(crate) fn parse_content_range(text: &str) -> Option<Range<u64>> {
     let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.trim().split_once('-')?;
     let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);

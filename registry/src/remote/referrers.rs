@@ -122,12 +122,9 @@ impl Remote {
         Ok(Page::Listed { index, next })
     }
 
-    /// `Link: <address>; rel="next"`, at the registry itself.
+    /// The rest of the list, which must be at the registry itself.
     fn next_page(&self, url: &Url, headers: &HeaderMap) -> Result<Option<Url>> {
-        let Some(link) = headers.get(LINK).and_then(|value| value.to_str().ok()) else { return Ok(None) };
-        let next =
-            link.strip_prefix('<').and_then(|link| link.split_once('>')).filter(|(_, rest)| rest.contains("next"));
-        let Some((target, _)) = next else { return Ok(None) };
+        let Some(target) = next_target(headers) else { return Ok(None) };
         let next = url.join(target).ok().filter(|next| self.transport.is_registry(next));
         let elsewhere = || Error::corrupt(format!("registry {} continues a list elsewhere", self.name()));
         next.map(Some).ok_or_else(elsewhere)
@@ -144,6 +141,12 @@ impl Remote {
         let index = Index::parse(&bytes)?;
         Ok((bytes, index))
     }
+}
+
+/// The address in `Link: <address>; rel="next"`.
+pub(crate) fn next_target(headers: &HeaderMap) -> Option<&str> {
+    let link = headers.get(LINK)?.to_str().ok()?.strip_prefix('<')?;
+    link.split_once('>').filter(|(_, rest)| rest.contains("next")).map(|(target, _)| target)
 }
 
 fn fallback_tag(subject: &Digest) -> String {
