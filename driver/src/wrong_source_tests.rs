@@ -94,16 +94,3 @@ fn a_mirror_that_lies_costs_no_read() {
     assert!(read(&loaded.image, 0, device_blocks(&image)).unwrap() == image.device);
     assert_eq!((mirror.fault_hits("lie"), loaded.image.statistics().verification_failures), (1, 1));
 }
-
-#[test]
-fn half_a_chunk_of_a_liar_is_not_completed_by_others() {
-    let (rig, image, directory) = (Rig::new(), image(), tempfile::tempdir().unwrap());
-    rig.engine.runtime().block_on(image.push(directory.path(), "v1"));
-    let (liar, honest) = (registry_of(&directory), registry_of(&directory));
-    let one_attempt = || ClientOptions { retry_deadline: Duration::ZERO, ..ClientOptions::default() };
-    let loaded = [&liar, &honest].map(|registry| attach_to(&rig, registry, one_attempt()));
-    liar.set_fault("a lie", Fault::new("*/blobs/*", Toxic::BitFlip { offset_bytes: 5000 }));
-    liar.set_fault("broken off", Fault::new("*/blobs/*", Toxic::ShortBody { after_bytes: 100_000 }));
-    assert!(read(&loaded[1].image, 0, device_blocks(&image)).unwrap() == image.device);
-    assert!(liar.fault_hits("a lie") > 0);
-}
