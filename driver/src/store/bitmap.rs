@@ -91,6 +91,13 @@ impl Bitmap {
         self.words.iter().map(|word| word.load(Ordering::Acquire)).collect()
     }
 
+    /// Sets the bits of an earlier snapshot again.
+    pub(crate) fn restore(&self, snapshot: &[u64]) {
+        for (word, bits) in self.words.iter().zip(snapshot) {
+            word.fetch_or(*bits, Ordering::Release);
+        }
+    }
+
     /// The words that a range touches with its bits set, and the index of the first: what [`Self::set`] will make of
     /// them if nobody else sets bits meanwhile.
     pub(crate) fn words_with(&self, range: Range<u32>) -> (usize, Vec<u64>) {
@@ -171,9 +178,12 @@ mod tests {
     fn a_range_is_cleared_and_no_more() {
         let bitmap = Bitmap::empty(200);
         bitmap.set(0..200);
+        let before = bitmap.snapshot();
         bitmap.clear(60..130);
         assert_eq!((bitmap.first_missing(0..200), bitmap.first_present(60..200)), (Some(60), Some(130)));
         assert_eq!(bitmap.count(), 130);
+        bitmap.restore(&before);
+        assert_eq!(bitmap.count(), 200);
     }
 
     #[test]

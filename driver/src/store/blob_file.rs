@@ -254,8 +254,8 @@ impl BlobFile {
         }
         self.present.clear(blocks.start..blocks.end.min(self.identity.blocks));
         let live = self.live.lock();
-        if let Err(error) = bitmap_file::write_words(&self.paths.live, &live, 0, &self.present.snapshot()) {
-            tracing::error!("store: write {}: {error}", self.paths.live.display());
+        if let Err(error) = self.write_live(&live) {
+            tracing::error!("store: {}", error.chain());
         }
     }
 
@@ -358,22 +358,30 @@ impl BlobFile {
 
     /// Gives the space of some ranges of blocks back. They are not there any more, for nobody and for ever, before their
     /// data goes: first the bits, here and on the disk, then a note for those who read ([`Evictions`]), then the holes.
+    /// Needs no space on a disk that has none.
     ///
     /// # Errors
-    /// `NoSpace` or `Io`. The blocks are not there then, but may still take their space.
+    /// `NoSpace` or `Io`, also of a disk that needs space to overwrite: then nothing has changed, or the blocks are not there
+    /// and may still take their space.
     pub(crate) fn evict(&self, ranges: &[Range<u32>]) -> Result<()> {
         let _only_one = self.syncing.lock();
         // Nobody puts data back where a hole is about to be.
         let _no_writer = self.writing.write();
         {
             let live = self.live.lock();
+            let before = self.present.snapshot();
             for range in ranges {
                 self.present.clear(range.clone());
             }
-            let written = bitmap_file::write_words(&self.paths.live, &live, 0, &self.present.snapshot());
-            written.map_err(|error| Error::path("write", &self.paths.live, error))?;
+            if let Err(error) = self.write_live(&live) {
+                // Their data is there: they are evicted another time.
+                self.present.restore(&before);
+                return Err(error);
+            }
         }
-        self.make_durable()?;
+        if let Err(error) = self.make_durable() {
+            self.remove_durable(&error)?;
+        }
         self.shared.evictions.note_and_wait();
         for range in ranges {
             let bytes = u64::from(range.start) * BLOCK_SIZE as u64..u64::from(range.end) * BLOCK_SIZE as u64;
@@ -389,8 +397,25 @@ impl BlobFile {
         let live = self.live.lock();
         self.present.retain(&durable);
         self.shared.evictions.note();
-        let written = bitmap_file::write_words(&self.paths.live, &live, 0, &self.present.snapshot());
+        self.write_live(&live)
+    }
+
+    fn write_live(&self, live: &File) -> Result<()> {
+        let written = bitmap_file::write_words(&self.paths.live, live, 0, &self.present.snapshot());
         written.map_err(|error| Error::path("write", &self.paths.live, error))
+    }
+
+    /// The durable bitmap could not be written, on a full disk for one, and the old one has bits whose data is about to go:
+    /// none at all may forget, and does not lie. The next sync writes one.
+    fn remove_durable(&self, error: &Error) -> Result<()> {
+        let index = self.identity.index;
+        tracing::warn!("store: a power cut would forget {index} until it is synced again: {}", error.chain());
+        let removed = disk::remove(&self.paths.durable);
+        removed.map_err(|error| Error::path("remove", &self.paths.durable, error))?;
+        sync_directory_of(&self.paths.durable)?;
+        self.dirty.store(true, Ordering::Release);
+        let _ = self.shared.wake_sync.try_send(());
+        Ok(())
     }
 }
 

@@ -203,9 +203,13 @@ impl Store {
     /// Writes a small file, whole or not at all; a moment later it is on the disk too.
     fn replace_and_sync_later(&self, path: PathBuf, parts: &[&[u8]]) -> Result<()> {
         replace_file(&path, false, parts)?;
+        self.sync_later(path);
+        Ok(())
+    }
+
+    fn sync_later(&self, path: PathBuf) {
         self.unsynced.note(path);
         let _ = self.shared.wake_sync.try_send(());
-        Ok(())
     }
 }
 
@@ -237,16 +241,27 @@ fn take_lock(layout: &Layout, file: &File) -> Result<()> {
     }
 }
 
-/// Syncs a while after it was woken, and a last time when the store is closed.
+/// Syncs a while after it was woken, again until it succeeds, and a last time when the store is closed.
 fn sync_loop(blobs: &OpenBlobs, unsynced: &Unsynced, woken: &Receiver<()>, stopped: &Receiver<()>) {
+    let is_stopped = || stopped.recv_timeout(SYNC_DELAY) != Err(RecvTimeoutError::Timeout);
+    let mut has_failed = false;
     loop {
-        let stopping = crossbeam::select! {
-            recv(woken) -> _ => stopped.recv_timeout(SYNC_DELAY) != Err(RecvTimeoutError::Timeout),
-            recv(stopped) -> _ => true,
+        // Blocks that are dirty wake nobody, as those of the last time are if it failed.
+        let stopping = if has_failed {
+            is_stopped()
+        } else {
+            crossbeam::select! {
+                recv(woken) -> _ => is_stopped(),
+                recv(stopped) -> _ => true,
+            }
         };
-        if let Err(error) = sync_all(blobs, unsynced) {
+        let outcome = sync_all(blobs, unsynced);
+        if let Err(error) = &outcome
+            && !has_failed
+        {
             tracing::warn!("store: what was fetched may be forgotten at a power cut: {}", error.chain());
         }
+        has_failed = outcome.is_err();
         if stopping {
             return;
         }

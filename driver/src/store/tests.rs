@@ -1,11 +1,14 @@
 //! Crashes, simulated at every step: a process that dies keeps the page cache, a machine that dies keeps what was synced.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
+use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 use ublkimg_image::BLOCK_SIZE;
 use ublkimg_tests::fault_row::FaultRow;
+use ublkimg_tests::host::wait_until;
 
 use super::*;
 
@@ -272,6 +275,74 @@ fn what_a_full_disk_does_not_take_is_in_memory() {
     assert_eq!(read_block(&blob, 9), content(9, 0));
     // More than a chunk is not for memory.
     assert_eq!(blob.write(100, &contents(100, 100)).unwrap_err().kind(), ErrorKind::NoSpace);
+}
+
+#[test]
+fn room_is_made_on_a_disk_without_a_free_byte() {
+    let Some(disk) = TinyFileSystem::mount() else { return };
+    let root = disk.0.path();
+    let (store, blob) = reopened(root, BOOT);
+    blob.write(0, &contents(0, 20)).unwrap();
+    store.sync().unwrap();
+    let mut filler = File::create(root.join("filler")).unwrap();
+    let full = std::iter::repeat_with(|| filler.write_all(&[1; BLOCK_SIZE])).find_map(std::result::Result::err);
+    assert_eq!(full.unwrap().kind(), std::io::ErrorKind::StorageFull);
+    assert_eq!(store.room().unwrap().free_bytes, 0);
+
+    blob.evict(&[0..5, 7..10]).unwrap();
+    let left: Vec<u32> = (5..7).chain(10..20).collect();
+    assert_eq!(present(&blob), left);
+    assert!(store.room().unwrap().free_bytes >= 8 * BLOCK_SIZE as u64, "{:?}", store.room().unwrap());
+    store.sync().unwrap();
+    drop((store, blob));
+    let (store, blob) = reopened(root, NEXT_BOOT);
+    assert_eq!(present(&blob), left, "there is room for what says so");
+
+    let full = std::iter::repeat_with(|| filler.write_all(&[1; BLOCK_SIZE])).find_map(std::result::Result::err);
+    assert!(full.is_some() && store.room().unwrap().free_bytes == 0);
+    let none = std::collections::BTreeSet::new();
+    assert_eq!(store.make_room(1, &none, &none).unwrap(), 12 * BLOCK_SIZE as u64);
+    assert!(store.room().unwrap().free_bytes >= 12 * BLOCK_SIZE as u64);
+    assert_eq!(store.check().unwrap(), Checked::default());
+}
+
+#[test]
+fn an_eviction_that_cannot_be_noted_leaves_everything_as_it_was() {
+    let root = tempfile::tempdir().unwrap();
+    let (_store, blob) = reopened(root.path(), BOOT);
+    blob.write(0, &contents(0, 10)).unwrap();
+    let full: journal::Trouble =
+        |path| path.extension().is_some_and(|extension| extension == "live").then_some(rustix::io::Errno::NOSPC);
+    journal::set_trouble(root.path(), Some(full));
+    assert_eq!(blob.evict(std::slice::from_ref(&(2..4))).unwrap_err().kind(), ErrorKind::NoSpace);
+    assert_eq!(blob.present_blocks(), 10, "to be evicted another time");
+    journal::forget(root.path());
+    blob.evict(std::slice::from_ref(&(2..4))).unwrap();
+    assert_eq!(present(&blob), [0, 1, 4, 5, 6, 7, 8, 9]);
+    assert_eq!(read_block(&blob, 3), vec![0; BLOCK_SIZE]);
+}
+
+/// Nobody writes on: the blocks are dirty already, and wake nobody.
+#[test]
+fn a_sync_that_failed_is_tried_again() {
+    static FAILED: AtomicU32 = AtomicU32::new(0);
+    let root = tempfile::tempdir().unwrap();
+    let full: journal::Trouble = |path| {
+        let is_durable = path.extension().is_some_and(|extension| extension == "tmp");
+        is_durable.then(|| {
+            FAILED.fetch_add(1, Ordering::Relaxed);
+            rustix::io::Errno::NOSPC
+        })
+    };
+    let (_store, blob) = reopened(root.path(), BOOT);
+    journal::set_trouble(root.path(), Some(full));
+    blob.write(0, &contents(0, 10)).unwrap();
+    // Once since the file was opened, once since it was written, and again.
+    wait_until("it is tried again", || FAILED.load(Ordering::Relaxed) >= 3);
+    assert!(blob.is_dirty());
+    journal::forget(root.path());
+    let durable = Layout::new(root.path()).blob(index()).durable;
+    wait_until("it is on the disk", || durable.exists());
 }
 
 #[derive(Debug, Clone)]
