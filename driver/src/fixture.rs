@@ -223,38 +223,54 @@ pub(crate) fn blob_path(dir: &Path, digest: Digest) -> PathBuf {
     dir.join("blobs/sha256").join(digest.hex())
 }
 
+/// How often a device plans one request.
+pub(crate) const PLANS_PER_REQUEST_MAX: u32 = 16;
+
 /// Reads blocks as a device does.
 pub(crate) fn read(image: &Arc<ServedImage>, start_block: u32, len_blocks: u32) -> Result<Vec<u8>, i32> {
-    use std::os::unix::fs::FileExt as _;
-
-    use crate::image::Piece;
-
     let mut plan = Plan::new();
     let mut first = image.begin(start_block, len_blocks);
+    let mut plans = 0;
     loop {
         while image.plan(start_block, len_blocks, &mut plan) == Readiness::Missing {
+            plans += 1;
             let (woken, wakes) = crossbeam::channel::bounded(1);
             image.demand(&plan, image.wait(&mut first), Box::new(move |outcome| woken.send(outcome).unwrap()));
             let outcome = wakes.recv().expect("the waiter is called");
-            if let Err(errno) = outcome {
+            let may_go_on = if plans > PLANS_PER_REQUEST_MAX { Err(libc::EIO) } else { outcome };
+            if let Err(errno) = may_go_on {
                 image.answered(&first, Err(errno));
                 return Err(errno);
             }
         }
-        let mut bytes = Vec::new();
-        for piece in plan.pieces() {
-            let start = bytes.len();
-            match *piece {
-                Piece::Zero { len_bytes } => bytes.resize(start + len_bytes as usize, 0),
-                Piece::File { file, offset_bytes, len_bytes } => {
-                    bytes.resize(start + len_bytes as usize, 0xEE);
-                    image.files()[usize::from(file)].read_exact_at(&mut bytes[start..], offset_bytes).unwrap();
-                }
+        match fill(image, &plan) {
+            Ok(bytes) if image.was_there(&plan) => {
+                image.answered(&first, Ok(len_blocks * 4096));
+                return Ok(bytes);
             }
-        }
-        if image.was_there(&plan) {
-            image.answered(&first, Ok(len_blocks * 4096));
-            return Ok(bytes);
+            Ok(_) => {}
+            Err((file, offset_bytes, len_bytes)) => assert!(image.cannot_read(file, offset_bytes, len_bytes)),
         }
     }
+}
+
+/// What a plan says, or the piece that cannot be read.
+fn fill(image: &Arc<ServedImage>, plan: &Plan) -> Result<Vec<u8>, (u16, u64, u32)> {
+    use std::os::unix::fs::FileExt as _;
+
+    use crate::image::Piece;
+
+    let mut bytes = Vec::new();
+    for piece in plan.pieces() {
+        let start = bytes.len();
+        match *piece {
+            Piece::Zero { len_bytes } => bytes.resize(start + len_bytes as usize, 0),
+            Piece::File { file, offset_bytes, len_bytes } => {
+                bytes.resize(start + len_bytes as usize, 0xEE);
+                let read = image.files()[usize::from(file)].read_exact_at(&mut bytes[start..], offset_bytes);
+                read.map_err(|_| (file, offset_bytes, len_bytes))?;
+            }
+        }
+    }
+    Ok(bytes)
 }

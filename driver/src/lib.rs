@@ -6,6 +6,8 @@ pub mod counters;
 pub mod daemon;
 mod decode;
 pub mod device;
+#[cfg(test)]
+mod disk_tests;
 pub mod engine;
 pub mod error;
 mod fetch;

@@ -109,6 +109,116 @@ fn a_byte_that_changed_on_the_disk_is_found_and_fetched_again() {
     host.end();
 }
 
+const OVERFLOWED: &str = "ublkimg_store_overflowed_chunks_total";
+
+/// What `metrics` says of a name without labels.
+fn metric(host: &Host, name: &str) -> u64 {
+    let page = host.ublkimg(&["metrics"]).success().stdout;
+    let value = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("no {name} in\n{page}")).parse().unwrap()
+}
+
+#[test]
+fn a_disk_that_cannot_be_read_any_more_is_served_past() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let dir = host.mounted("sample");
+    let files = read_all(&dir);
+    assert_eq!(metric(&host, OVERFLOWED), 0);
+    for entry in std::fs::read_dir(host.root.join("store/blobs")).unwrap().map(Result::unwrap) {
+        if entry.path().extension().is_some_and(|extension| extension == "data") {
+            std::fs::File::options().write(true).open(entry.path()).unwrap().set_len(0).unwrap();
+        }
+    }
+    let fault = FaultRow::begins("the data files of a mounted image are cut");
+    assert!(read_all(&dir) == files);
+    fault.ends("fetched again, served from memory: data");
+    let overflowed = metric(&host, OVERFLOWED);
+    assert!(overflowed > 0);
+    assert_eq!(cache(&host)["room"]["overflowed_chunks"], overflowed);
+    let log = host.log();
+    for said in [".data cannot be read: blocks", "what is fetched is served from memory"] {
+        assert!(log.contains(said), "{said:?} is not in the log");
+    }
+    host.end();
+}
+
+#[test]
+fn a_small_disk_serves_a_larger_image() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let (expected, dir) = (host.root.dir("expected").unwrap(), host.root.join("mnt"));
+    SampleImage::default().write_expected_tree(&expected).unwrap();
+    let small = host.root.tmpfs("small", 2 << 20).unwrap();
+    // Nothing is evicted: the disk stays full.
+    let command = || ublkimg(host.root.path()).env("UBLKIMG_ROOT", &small).env("UBLKIMG_FREE_FLOOR", "0");
+    let reference = host.registry.reference("sample", "v1");
+    let fault = FaultRow::begins("cache disk smaller than the image");
+    command().args(["add", &reference, "--mount", dir.to_str().unwrap()]).run().success();
+    let below = |root: &Path, files: Vec<(PathBuf, Vec<u8>)>| -> Vec<(PathBuf, Vec<u8>)> {
+        files.into_iter().map(|(path, bytes)| (path.strip_prefix(root).unwrap().to_owned(), bytes)).collect()
+    };
+    assert!(below(&dir, read_all(&dir)) == below(&expected, files_below(&expected)));
+    fault.ends("served from memory: data");
+    assert!(metric(&host, OVERFLOWED) > 0);
+    assert!(host.log().contains("what is fetched is served from memory"));
+    command().args(["rm", dir.to_str().unwrap()]).run().success();
+    command().args(["daemon", "--stop"]).run().success();
+    rustix::mount::unmount(&small, rustix::mount::UnmountFlags::DETACH).unwrap();
+    host.end();
+}
+
+#[test]
+fn a_daemon_keeps_its_store_within_its_limits_and_what_is_pinned() {
+    const LIMIT: u64 = 1 << 20;
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let dir = host.root.join("mnt");
+    let reference = host.registry.reference("sample", "v1");
+    let add = |variable, limit| {
+        let command = ublkimg(host.root.path()).env(variable, limit);
+        let command = command.args(["--log", "info", "add", &reference, "--name", "limited"]);
+        command.args(["--mount", dir.to_str().unwrap()]).run().success()
+    };
+    let used_bytes = || cache(&host)["room"]["used_bytes"].as_u64().unwrap();
+    // It is looked all the time as long as there is too much.
+    let looked = || host.log().lines().filter(|line| line.contains("evicted") && line.contains("excess_bytes")).count();
+
+    add("UBLKIMG_CACHE_LIMIT", "1M");
+    let files = read_all(&dir);
+    for _ in 0..2 {
+        host::wait_until("the store is within its limit", || used_bytes() <= LIMIT);
+        assert!(read_all(&dir) == files, "what was evicted is fetched again");
+    }
+    host.ublkimg(&["cache", "pin", "limited"]).success();
+    let before = looked();
+    // The next time it may be at work by what was pinned earlier.
+    host::wait_until("it is looked after the pin, and all is there", || {
+        assert!(read_all(&dir) == files);
+        looked() > before && present_bytes(&cache(&host)) > 2 * LIMIT
+    });
+    let pinned_bytes = present_bytes(&cache(&host));
+    let before = looked();
+    host::wait_until("it is looked again", || looked() > before);
+    assert_eq!(present_bytes(&cache(&host)), pinned_bytes, "what is pinned stays");
+
+    host.ublkimg(&["cache", "unpin", &reference]).success();
+    host.ublkimg(&["rm", "limited"]).success();
+    host.ublkimg(&["daemon", "--stop"]).success();
+    add("UBLKIMG_FREE_FLOOR", "1000T");
+    for _ in 0..2 {
+        assert!(read_all(&dir) == files);
+        host::wait_until("as much is free as can be", || present_bytes(&cache(&host)) == 0);
+    }
+    host.end();
+}
+
 /// A registry, and the storage that it sends readers to, at addresses with a signature.
 struct Secretive {
     host: Host,
@@ -304,6 +414,7 @@ fn metrics_say_what_was_read_and_fetched() {
     assert!(duration(&format!("count{misses}")) <= value(&format!("ublkimg_reads_total{misses}")));
     assert!(duration("count{name=\"sample-v1\",result=\"hit\"") > 0.0);
     assert!(value("ublkimg_store_bytes") > 0.0);
+    assert_eq!(value(OVERFLOWED), 0.0);
     let samples: BTreeSet<&str> = page.lines().filter_map(|line| line.split(['{', ' ']).next()).collect();
     let missing: Vec<String> =
         shown_by_dashboard().into_iter().filter(|name| !samples.contains(name.as_str())).collect();

@@ -42,6 +42,8 @@ fn collect(global: &Global) -> anyhow::Result<String> {
         let room = &status.room;
         page.gauge("ublkimg_store_bytes", "Bytes of blobs in the store.", [(String::new(), room.used_bytes)]);
         page.gauge("ublkimg_store_free_bytes", "Free bytes of the store's disk.", [(String::new(), room.free_bytes)]);
+        let help = "Chunks that the store's disk did not take, full or broken: they were served from memory.";
+        page.counter("ublkimg_store_overflowed_chunks_total", help, [(String::new(), room.overflowed_chunks)]);
     }
     Ok(page.0)
 }
