@@ -18,13 +18,7 @@ use crate::store::Store;
 pub fn learn(store: &Store) -> Result<()> {
     let mut learnt = BTreeSet::new();
     for object in store.object_digests()? {
-        // Metadata blobs are no JSON, and may be long.
-        if store.object_part(object, 0..1)?.is_none_or(|first| first != b"{") {
-            continue;
-        }
-        let Some(object) = store.object(object)? else { continue };
-        // Manifests of profiles lie there too.
-        let Ok(manifest) = ErofsManifest::parse(&object) else { continue };
+        let Some(manifest) = image_manifest(store, object)? else { continue };
         let metadata = &manifest.metadata;
         let Some(bundle) = store.object_part(Sha256(metadata.digest.0), metadata.bundle_range.clone())? else {
             continue;
@@ -40,4 +34,14 @@ pub fn learn(store: &Store) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The manifest of an image that an object is, if it is one.
+pub(crate) fn image_manifest(store: &Store, object: Sha256) -> Result<Option<ErofsManifest>> {
+    // Metadata blobs are no JSON, and may be long.
+    if store.object_part(object, 0..1)?.is_none_or(|first| first != b"{") {
+        return Ok(None);
+    }
+    // Manifests of profiles lie there too.
+    Ok(store.object(object)?.and_then(|object| ErofsManifest::parse(&object).ok()))
 }

@@ -109,6 +109,49 @@ fn a_byte_that_changed_on_the_disk_is_found_and_fetched_again() {
     host.end();
 }
 
+/// Changes a byte in the middle of every file of a directory of the store.
+fn spoil(host: &Host, directory: &str) {
+    let entries: Vec<_> = std::fs::read_dir(host.root.join("store").join(directory)).unwrap().collect();
+    assert!(!entries.is_empty(), "nothing is in {directory}");
+    for path in entries.into_iter().map(|entry| entry.unwrap().path()) {
+        let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+        let mut byte = [0];
+        let at = file.metadata().unwrap().len() / 2;
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    }
+}
+
+#[test]
+fn what_a_device_needs_to_come_back_is_mended_while_it_is_served() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    let host = Host::with_sample();
+    let dir = host.mounted("sample");
+    let files = read_all(&dir);
+    let verify = || {
+        let found = host.ublkimg(&["cache", "verify", "--json"]);
+        let checked: Value = serde_json::from_str(&found.stdout).unwrap();
+        (found.code, checked["damaged_objects"].as_u64().unwrap())
+    };
+    for (directories, damaged) in [(&["metadata"][..], 1), (&["objects"], 2), (&["metadata", "objects"], 3)] {
+        let fault = FaultRow::begins("a changed byte in a manifest, a metadata blob or the metadata image of a device");
+        directories.iter().for_each(|directory| spoil(&host, directory));
+        assert_eq!(verify(), (Some(6), damaged), "{directories:?}");
+        assert_eq!(verify(), (Some(0), 0), "{directories:?}");
+        assert!(read_all(&dir) == files);
+        fault.ends("found by `cache verify`, and mended from the store or the registry");
+    }
+    // All that a device needs is here: it comes without its registry.
+    host.ublkimg(&["rm", dir.to_str().unwrap()]).success();
+    host.ublkimg(&["daemon", "--stop"]).success();
+    host.registry.set_fault("away", Fault::new("*", Toxic::Refuse));
+    host.mounted("sample");
+    assert!(read_all(&dir) == files);
+    host.end();
+}
+
 const OVERFLOWED: &str = "ublkimg_store_overflowed_chunks_total";
 
 /// What `metrics` says of a name without labels.

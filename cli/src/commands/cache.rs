@@ -100,7 +100,8 @@ fn report(checked: &Checked, json: bool) -> anyhow::Result<()> {
     if checked.damaged_blocks + checked.damaged_objects == 0 {
         return Ok(());
     }
-    let text = "damaged parts of the store were dropped, and are fetched again when they are read: check the disk";
+    let text =
+        "damaged parts of the store were mended, or dropped and are fetched again when they are read: check the disk";
     Err(Error::new(ErrorKind::Corrupt, text).into())
 }
 

@@ -35,6 +35,7 @@ use crate::store::{HeldObject, Store};
 use crate::verity::VerityTable;
 
 mod known;
+pub(crate) mod mend;
 mod plan;
 mod prepare;
 mod profile;
@@ -370,20 +371,9 @@ impl<'a> Attaching<'a> {
         arriving: &impl Fn(u64, Duration, Duration),
     ) -> Result<Bytes> {
         let get = self.begin_get();
-        let asked = Instant::now();
-        let mut reader = repository.blob(&digest, size_bytes).await.map_err(|error| Error::registry(what, error))?;
-        let (answered, round_trip) = (Instant::now(), asked.elapsed());
-        let mut blob = Vec::new();
-        // The reader ends at that size; it fails if the digest differs.
-        while reader.read_buf(&mut blob).await.map_err(|error| match error.downcast() {
-            Ok(error) => Error::registry(what, error),
-            Err(error) => Error::io(what, error),
-        })? > 0
-        {
-            arriving(blob.len() as u64, answered.elapsed(), round_trip);
-        }
+        let blob = fetch_blob(repository, what, digest, size_bytes, arriving).await?;
         self.end_get(get, blob.len());
-        Ok(Bytes::from(blob))
+        Ok(blob)
     }
 
     /// The last step: the blobs are made known to the engine, and the image can be read.
@@ -480,6 +470,29 @@ impl<'a> Attaching<'a> {
         self.counters.events.fetched(FetchClass::Attach, &get);
         self.counters.fetched_bytes.fetch_add(len_bytes as u64, Ordering::Relaxed);
     }
+}
+
+/// A whole blob of a repository; see [`Attaching::blob`].
+async fn fetch_blob(
+    repository: &Repository,
+    what: &str,
+    digest: Digest,
+    size_bytes: u64,
+    arriving: &impl Fn(u64, Duration, Duration),
+) -> Result<Bytes> {
+    let asked = Instant::now();
+    let mut reader = repository.blob(&digest, size_bytes).await.map_err(|error| Error::registry(what, error))?;
+    let (answered, round_trip) = (Instant::now(), asked.elapsed());
+    let mut blob = Vec::new();
+    // The reader ends at that size; it fails if the digest differs.
+    while reader.read_buf(&mut blob).await.map_err(|error| match error.downcast() {
+        Ok(error) => Error::registry(what, error),
+        Err(error) => Error::io(what, error),
+    })? > 0
+    {
+        arriving(blob.len() as u64, answered.elapsed(), round_trip);
+    }
+    Ok(Bytes::from(blob))
 }
 
 fn parse(digest: Digest, manifest: &[u8]) -> Result<ErofsManifest> {

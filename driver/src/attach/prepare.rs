@@ -49,10 +49,24 @@ pub(super) struct PreparedBlob {
     pub(super) entries: Vec<ChunkEntry>,
 }
 
-impl CheckedImage {
+/// What became of a metadata image that was compared with its blob.
+pub(super) enum Compared {
+    Right,
+    Mended,
+}
+
+/// What a metadata blob says.
+struct Decoded {
+    /// As it is served.
+    metadata: Vec<u8>,
+    map: DeviceMap,
+    bundle: Bundle,
+}
+
+impl Decoded {
     /// `blob` is the metadata blob, which has the digest that the manifest names. There is room in memory for
     /// [`raw_len_bytes`] of it.
-    pub(super) fn new(store: &Store, manifest: &ErofsManifest, blob: &[u8]) -> Result<Self> {
+    fn new(manifest: &ErofsManifest, blob: &[u8]) -> Result<Self> {
         let digest = manifest.metadata.digest;
         let corrupt = |why: &str| Error::new(ErrorKind::Corrupt, format!("metadata blob {digest}: {why}"));
         let frames = part(blob, 0..manifest.metadata.bundle_range.start).ok_or_else(|| corrupt("too short"))?;
@@ -60,7 +74,6 @@ impl CheckedImage {
         let bundle = skippable_payload(SkippableKind::Ublkimg, bundle).and_then(Bundle::decode);
         let bundle = bundle.map_err(|error| bad_format(digest, error))?;
         check_bundle(&bundle, manifest)?;
-        let kept = room_for(store, &bundle)?;
         let mut metadata = decode_metadata(frames).map_err(|error| {
             Error::caused(ErrorKind::Corrupt, format!("metadata blob {digest} does not decode"), error)
         })?;
@@ -72,7 +85,16 @@ impl CheckedImage {
         let block0 = metadata.first_chunk_mut::<BLOCK_SIZE>().ok_or_else(|| corrupt("empty"))?;
         let blocks = file_system_blocks(&map, &bundle, manifest)?;
         *block0 = flat_block0(block0, blocks).map_err(|error| bad_format(digest, error))?;
-        let metadata = open_metadata(store, Sha256(digest.0), &metadata)?;
+        Ok(Self { metadata, map, bundle })
+    }
+}
+
+impl CheckedImage {
+    /// As [`Decoded::new`].
+    pub(super) fn new(store: &Store, manifest: &ErofsManifest, blob: &[u8]) -> Result<Self> {
+        let Decoded { metadata, map, bundle } = Decoded::new(manifest, blob)?;
+        let kept = room_for(store, &bundle)?;
+        let metadata = open_metadata(store, Sha256(manifest.metadata.digest.0), &metadata)?;
         Ok(Self { metadata, map, blobs: bundle.layers, kept })
     }
 
@@ -187,6 +209,22 @@ fn open_metadata(store: &Store, blob: Sha256, image: &[u8]) -> Result<std::fs::F
     store.put_metadata(blob, image)?;
     let gone = || Error::new(ErrorKind::Internal, format!("metadata image {blob} vanished from the store"));
     store.metadata(blob)?.ok_or_else(gone)
+}
+
+/// Looks whether the metadata image that is served is what its blob says, and writes it over the one that is there if not,
+/// which a device has open. None if the store lacks one of them.
+pub(super) fn mend_metadata(store: &Store, manifest: &ErofsManifest) -> Result<Option<Compared>> {
+    let digest = Sha256(manifest.metadata.digest.0);
+    let no_memory = || Error::new(ErrorKind::Busy, format!("no memory is left to check metadata image {digest}"));
+    let _stored = store.memory().stored.try_take(manifest.metadata.size_bytes).ok_or_else(no_memory)?;
+    let (Some(blob), Some(file)) = (store.object(digest)?, store.metadata(digest)?) else { return Ok(None) };
+    let _raw = store.memory().raw.try_take(raw_len_bytes(manifest, &blob)).ok_or_else(no_memory)?;
+    let image = Decoded::new(manifest, &blob)?.metadata;
+    if holds(&file, &image) {
+        return Ok(Some(Compared::Right));
+    }
+    store.overwrite_metadata(digest, &image)?;
+    Ok(Some(Compared::Mended))
 }
 
 fn holds(file: &std::fs::File, image: &[u8]) -> bool {

@@ -13,10 +13,11 @@ use ublkimg_registry::profile::ProfileManifest;
 
 use super::pace::Pace;
 use super::protocol::{BlobLine, CacheAnswer, CacheRequest, CacheStatus, PinLine};
-use super::server::Server;
+use super::server::{Server, blocking, options_of};
 use super::state::{DeviceRecord, Records};
+use crate::attach::mend;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Holding, Limits, Store};
+use crate::store::{Checked, Holding, Limits, Store};
 
 /// How often it is looked whether there is room: at 1 GB/s the store outgrows its limit by so many gigabytes.
 const ROOM_PERIOD: Duration = Duration::from_secs(1);
@@ -31,7 +32,11 @@ const EVICTION_BYTES_MIN: u64 = 64 << 20;
 pub fn serve(store: &Store, records: &Records, limits: &Limits, request: CacheRequest) -> Result<CacheAnswer> {
     match request {
         CacheRequest::Status => status(store, records, limits).map(CacheAnswer::Status),
-        CacheRequest::Verify => store.check().map(CacheAnswer::Checked),
+        CacheRequest::Verify => {
+            let mut checked = store.check()?;
+            mend::check_metadata(store, &mut checked)?;
+            Ok(CacheAnswer::Checked(checked))
+        }
         CacheRequest::Collect { cache_bytes_max, free_bytes_min, unused } => {
             let given = Limits { cache_bytes_max, free_bytes_min };
             let limits = if given == Limits::default() { *limits } else { given };
@@ -136,6 +141,40 @@ fn holding(store: &Store, record: &DeviceRecord) -> Result<Holding> {
     Ok(Holding { reference: record.reference.clone(), manifest, objects, blobs })
 }
 
+/// Does what is asked of a server, which can fetch what is lost.
+pub(super) async fn serve_here(server: Arc<Server>, request: CacheRequest) -> Result<CacheAnswer> {
+    let of_task = Arc::clone(&server);
+    let answer = blocking(move || serve(&of_task.store, &of_task.records, &of_task.limits, request)).await?;
+    let CacheAnswer::Checked(checked) = answer else { return Ok(answer) };
+    let mut was_lost = false;
+    for record in server.records.read_all()? {
+        match refetch(&server.store, &record).await {
+            Ok(fetched) => was_lost |= fetched,
+            Err(error) => {
+                let name = record.name;
+                tracing::error!(device = name, "the next server could not take it back: {}", error.chain());
+            }
+        }
+    }
+    if !was_lost {
+        return Ok(answer);
+    }
+    // What could not be compared without.
+    let mended = blocking(move || {
+        let mut mended = Checked::default();
+        mend::check_metadata(&server.store, &mut mended).map(|()| mended)
+    });
+    let damaged_objects = checked.damaged_objects + mended.await?.damaged_objects;
+    Ok(CacheAnswer::Checked(Checked { damaged_objects, ..checked }))
+}
+
+/// Fetches what a device could not be taken back without, if it is not in the store; whether it was lost.
+async fn refetch(store: &Arc<Store>, record: &DeviceRecord) -> Result<bool> {
+    let (location, options) = options_of(record)?;
+    let bad = |error| Error::caused(ErrorKind::Corrupt, format!("record of {}", record.name), error);
+    mend::refetch(store, &location, record.manifest.parse().map_err(bad)?, &options).await
+}
+
 /// Keeps the store within its limits, as long as the server runs.
 pub(super) async fn keep_room(server: Arc<Server>) {
     let mut pace = Pace::new(ROOM_PERIOD);
@@ -146,7 +185,7 @@ pub(super) async fn keep_room(server: Arc<Server>) {
             () = server.store.written() => {}
         }
         let of_task = Arc::clone(&server);
-        let outcome = super::server::blocking(move || {
+        let outcome = blocking(move || {
             of_task.store.tick();
             let excess_bytes = of_task.store.room()?.excess_bytes(&of_task.limits);
             if excess_bytes == 0 {

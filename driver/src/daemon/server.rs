@@ -239,10 +239,7 @@ impl Server {
             Request::Warm { name } => self.warm(&name),
             Request::EndWarming { name } => self.end_warming(&name).map(|()| Answer::Done),
             Request::Fill { name, mode } => self.fill(&name, mode).map(|()| Answer::Done),
-            Request::Cache(request) => {
-                blocking(move || cache::serve(&self.store, &self.records, &self.limits, request).map(Answer::Cache))
-                    .await
-            }
+            Request::Cache(request) => cache::serve_here(self, request).await.map(Answer::Cache),
             Request::List => Ok(Answer::Devices(self.attached.lock().values().map(Attached::status).collect())),
             Request::HandOver => flatten(tokio::spawn(self.hand_over()).await).map(|()| Answer::Done),
             Request::Stop { keep_devices } => self.stop(keep_devices).map(|()| Answer::Done),

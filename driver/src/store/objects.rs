@@ -10,7 +10,7 @@ use std::path::Path;
 use ublkimg_image::Sha256;
 use ublkimg_registry::erofs_manifest::METADATA_BYTES_MAX;
 
-use super::{HeldObject, Store};
+use super::{HeldObject, Store, disk};
 use crate::error::{Error, Result};
 
 /// The longest object: a metadata blob, which is read whole into memory.
@@ -75,6 +75,22 @@ impl Store {
     /// `Io` and `NoSpace`.
     pub fn put_metadata(&self, blob: Sha256, image: &[u8]) -> Result<()> {
         self.replace_and_sync_later(self.layout.metadata(blob), &[image])
+    }
+
+    /// Writes a metadata image over the one that is there, for those too that have it open. What a crash leaves of it is looked
+    /// at when it is opened again.
+    ///
+    /// # Errors
+    /// `Io` and `NoSpace`.
+    pub(crate) fn overwrite_metadata(&self, blob: Sha256, image: &[u8]) -> Result<()> {
+        let path = self.layout.metadata(blob);
+        let written = disk::open(&path).and_then(|file| {
+            disk::write_all_at(&path, &file, image, 0)?;
+            disk::set_len(&path, &file, image.len() as u64)
+        });
+        written.map_err(|error| Error::path("write", &path, error))?;
+        self.sync_later(path);
+        Ok(())
     }
 
     /// A metadata image as it is served.

@@ -76,9 +76,9 @@ pub struct Checked {
     pub damaged_blocks: u64,
     /// Blocks without a checksum, written by an older version.
     pub unknown_blocks: u64,
-    /// Objects that are what their digest says.
+    /// Objects that are what their digest says, and metadata images that are what their blob says.
     pub objects: u64,
-    /// Objects that are not: they are dropped.
+    /// Those that are not: objects are dropped, and fetched again where a device needs them; metadata images are mended.
     pub damaged_objects: u64,
 }
 
