@@ -30,6 +30,7 @@ guard() {
   case $1 in
   verification-off) in_process a_changed_byte_is_refused_before_it_is_decoded ;;
   bit-before-data) in_process whatever_a_power_cut_leaves_no_block_is_wrong_and_nothing_durable_is_forgotten ;;
+  hole-before-bit) in_process eviction_during_reads_never_serves_a_hole ;;
   wake-before-bit) in_process in_whatever_order_things_happen_reads_are_right_and_nobody_waits_for_ever ;;
   no-recovery) on_ublk a_reader_does_not_notice_that_its_server_was_killed ;;
   *) echo "nobody stands guard against $1"; return 126 ;;

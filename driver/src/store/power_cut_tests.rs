@@ -12,16 +12,18 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ublkimg_image::BLOCK_SIZE;
+use ublkimg_scheduler::Estimate;
 use ublkimg_tests::fault_row;
 
 use super::journal::Step;
+use super::names::KnownName;
 use super::*;
 use crate::random::Random;
 
 /// Blocks of the blob files: more than two words of a bitmap.
 const BLOCKS: u32 = 150;
 const BLOBS: u8 = 2;
-const STEPS_PER_LIFE: u32 = 7;
+const STEPS_PER_LIFE: u32 = 9;
 /// What a disk writes whole or not at all.
 const SECTOR_BYTES: usize = 512;
 
@@ -35,6 +37,70 @@ struct Promised {
     objects: BTreeSet<u8>,
     /// Objects that were written in this life.
     written: BTreeSet<u8>,
+    /// The versions of which one must be there.
+    small: BTreeMap<Small, BTreeSet<u8>>,
+    /// Small things that were written in this life, and are durable after a sync.
+    written_small: BTreeMap<Small, u8>,
+}
+
+/// What a store keeps beside blocks and objects, each in one of a few versions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Small {
+    Metadata,
+    Name,
+    Links,
+    /// Those are durable at once.
+    Pin,
+    Trace,
+}
+
+impl Small {
+    const ALL: [Self; 5] = [Self::Metadata, Self::Name, Self::Links, Self::Pin, Self::Trace];
+    const VERSIONS: u8 = 3;
+
+    fn name(version: u8) -> KnownName {
+        KnownName { reference: "r/a:1".to_owned(), manifest: index_of(version).to_string(), profile: None }
+    }
+
+    fn links(version: u8) -> Vec<(String, Estimate)> {
+        let bandwidth_bytes_per_second = 1000 + u64::from(version);
+        vec![("link".to_owned(), Estimate { bandwidth_bytes_per_second, round_trip: Duration::from_millis(7) })]
+    }
+
+    fn pin(version: u8) -> Holding {
+        let (objects, blobs) = ((0..100).map(index_of).collect(), [index_of(version)].into());
+        Holding { reference: "r/a:1".to_owned(), manifest: index_of(9), objects, blobs }
+    }
+
+    fn put(self, store: &Store, version: u8) {
+        match self {
+            // As attaching does: one that is right is left alone.
+            Self::Metadata if self.get(store) == Ok(Some(version)) => {}
+            Self::Metadata => store.put_metadata(index_of(9), &object(version)).unwrap(),
+            Self::Name => store.put_name(&Self::name(version)).unwrap(),
+            Self::Links => store.put_links(&Self::links(version)).unwrap(),
+            Self::Pin => store.pin(&Self::pin(version)).unwrap(),
+            Self::Trace => drop(store.put_host_trace(index_of(9), index_of(9), &object(version)).unwrap()),
+        }
+    }
+
+    /// The version that is there, if any; an error if it is none that was ever written.
+    fn get(self, store: &Store) -> std::result::Result<Option<u8>, ()> {
+        let is = |version: u8| match self {
+            Self::Metadata => fs::read(store.layout.metadata(index_of(9))).ok().map(|bytes| bytes == object(version)),
+            Self::Name => store.name("r/a:1").unwrap().map(|name| name == Self::name(version)),
+            Self::Links => {
+                let links = Some(store.links().unwrap()).filter(|links| !links.is_empty());
+                links.map(|links| links == Self::links(version))
+            }
+            Self::Pin => store.pins().unwrap().first().map(|pin| *pin == Self::pin(version)),
+            Self::Trace => store.host_trace(index_of(9), index_of(9)).unwrap().map(|bytes| bytes == object(version)),
+        };
+        match is(0) {
+            None => Ok(None),
+            Some(_) => (0..Self::VERSIONS).find(|version| is(*version) == Some(true)).map(Some).ok_or(()),
+        }
+    }
 }
 
 /// One life of a store: from a disk to its steps and promises.
@@ -92,6 +158,19 @@ fn faults(store: &Store, promised: &Promised) -> Vec<String> {
             _ => {}
         }
     }
+    for small in Small::ALL {
+        let there = small.get(store);
+        let promised = promised.small.get(&small);
+        // A metadata image that was not synced may be there in part: it is compared when it is attached.
+        if there.is_err() && (small != Small::Metadata || promised.is_some()) {
+            faults.push(format!("{small:?} is a lie"));
+        }
+        if let (Some(versions), Ok(there)) = (promised, there)
+            && !there.is_some_and(|there| versions.contains(&there))
+        {
+            faults.push(format!("{small:?} was durable in {versions:?}, and is {there:?}"));
+        }
+    }
     faults
 }
 
@@ -105,7 +184,7 @@ fn live(disk: Files, promised: &Promised, boot: u8, random: &mut Random) -> Resu
         fs::write(path, bytes).unwrap();
     }
     journal::begin(&root);
-    let mut promised = Promised { written: BTreeSet::new(), ..promised.clone() };
+    let mut promised = Promised { written: BTreeSet::new(), written_small: BTreeMap::new(), ..promised.clone() };
     let mut promises = vec![(0, promised.clone())];
     let mut wrong = Vec::new();
     let began = Instant::now();
@@ -141,6 +220,7 @@ fn sync(store: &Store, blobs: &[Arc<BlobFile>], promised: &mut Promised) {
     store.sync().unwrap();
     promised.blocks.extend(present(blobs));
     promised.objects.extend(&promised.written);
+    promised.small.extend(promised.written_small.iter().map(|(small, version)| (*small, [*version].into())));
 }
 
 fn present(blobs: &[Arc<BlobFile>]) -> Vec<(u8, u32)> {
@@ -162,7 +242,7 @@ fn work(
     let root = store.layout.lock();
     let blob = u8::try_from(random.below(u64::from(BLOBS))).unwrap();
     let file = &blobs[usize::from(blob)];
-    match random.below(9) {
+    match random.below(14) {
         0..4 => {
             let start = u32::try_from(random.below(u64::from(BLOCKS))).unwrap();
             let end = (start + 1 + u32::try_from(random.below(40)).unwrap()).min(BLOCKS);
@@ -180,16 +260,55 @@ fn work(
             promised.written.insert(number);
         }
         7 => sync(store, blobs, promised),
-        _ => {
+        8 | 9 => {
             let start = u32::try_from(random.below(u64::from(BLOCKS))).unwrap();
             let end = (start + 1 + u32::try_from(random.below(60)).unwrap()).min(BLOCKS);
-            // Before it begins: from then on they may be gone.
-            promised.blocks.retain(|(of, block)| *of != blob || !(start..end).contains(block));
+            let is_full = random.below(2) == 0;
+            // Before it begins: from then on they may be gone, and all of them where there is no room for what says so.
+            promised.blocks.retain(|(of, block)| *of != blob || !is_full && !(start..end).contains(block));
             promises.push((journal::len(&root), promised.clone()));
+            let full: journal::Trouble = |path| {
+                let is_new = path.extension().is_some_and(|extension| extension == "tmp");
+                is_new.then_some(rustix::io::Errno::NOSPC)
+            };
+            journal::set_trouble(store.layout.root(), is_full.then_some(full));
             file.evict(std::slice::from_ref(&(start..end))).unwrap();
+            journal::set_trouble(store.layout.root(), None);
+        }
+        10 => {
+            let pinned = [index_of(0)].into();
+            promised.blocks.retain(|(of, _)| *of == 0);
+            promises.push((journal::len(&root), promised.clone()));
+            store.make_room(1 + random.below(1 << 20), &pinned, &BTreeSet::new()).unwrap();
+        }
+        _ => {
+            let small = Small::ALL[random.index(Small::ALL.len())];
+            let version = u8::try_from(random.below(u64::from(Small::VERSIONS))).unwrap();
+            put_small(store, small, version, promised, promises);
         }
     }
     promises.push((journal::len(&root), promised.clone()));
+}
+
+fn put_small(store: &Store, small: Small, version: u8, promised: &mut Promised, promises: &mut Vec<(usize, Promised)>) {
+    let is_durable = matches!(small, Small::Pin | Small::Trace);
+    // While it is put it is the old one or the new one; where nobody waits for a sync it may be none until there was one.
+    match promised.small.get_mut(&small) {
+        Some(versions) if is_durable => {
+            versions.insert(version);
+        }
+        _ if small == Small::Metadata && small.get(store) == Ok(Some(version)) => {}
+        _ => {
+            promised.small.remove(&small);
+        }
+    }
+    promises.push((journal::len(&store.layout.lock()), promised.clone()));
+    small.put(store, version);
+    if is_durable {
+        promised.small.insert(small, [version].into());
+    } else if small != Small::Links {
+        promised.written_small.insert(small, version);
+    }
 }
 
 /// A file of the modelled disk: its contents since the last sync, oldest first.

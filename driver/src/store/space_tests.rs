@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use rustix::io::Errno;
 use ublkimg_image::BLOCK_SIZE;
@@ -152,10 +153,11 @@ fn eviction_during_reads_never_serves_a_hole() {
     let blob = store.blob(index(1), 64).unwrap();
     let expected: Vec<u8> = (0..64).flat_map(content).collect();
     let is_over = AtomicBool::new(false);
+    // What was read in peace, and what had to be read again.
+    let [reads, stale] = [AtomicU32::new(0), AtomicU32::new(0)];
     let fault = FaultRow::begins("evicted while it is read");
-    let (reads, stale) = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
-            let (mut reads, mut stale) = (0, 0);
             let mut bytes = vec![0; expected.len()];
             while !is_over.load(Ordering::Relaxed) {
                 let before = blob.evictions().count();
@@ -164,24 +166,27 @@ fn eviction_during_reads_never_serves_a_hole() {
                 }
                 blob.file().read_exact_at(&mut bytes, 0).unwrap();
                 if blob.evictions().count() != before {
-                    stale += 1;
+                    stale.fetch_add(1, Ordering::Relaxed);
                     continue;
                 }
                 assert!(bytes == expected, "a hole was served");
-                reads += 1;
+                reads.fetch_add(1, Ordering::Relaxed);
             }
-            (reads, stale)
         });
-        for _ in 0..300 {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let has_seen_both = || reads.load(Ordering::Relaxed) > 0 && stale.load(Ordering::Relaxed) > 0;
+        let mut evictions = 0;
+        while (evictions < 300 || !has_seen_both()) && !reader.is_finished() && Instant::now() < deadline {
             blob.write(0, &expected).unwrap();
             std::thread::yield_now();
             blob.evict(std::slice::from_ref(&(0..64))).unwrap();
+            evictions += 1;
         }
         is_over.store(true, Ordering::Relaxed);
-        reader.join().unwrap()
+        reader.join().unwrap();
+        assert!(has_seen_both(), "{reads:?} reads, {stale:?} tried again in {evictions} evictions");
     });
     fault.ends("looked up again, never a hole (300 evictions, all of them)");
-    println!("{reads} reads, {stale} tried again");
 }
 
 #[test]
