@@ -214,3 +214,25 @@ fn credentials_are_those_of_the_caller() {
     host.end();
     daemon.wait().unwrap();
 }
+
+#[test]
+fn a_takeover_over_fuse_is_refused_and_nothing_changes() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    if !Path::new("/dev/fuse").exists() || !Path::new("/dev/loop-control").exists() {
+        skip!("this kernel has no FUSE or no loop devices");
+    }
+    let host = Host::with_sample();
+    let mount = host.root.join("mnt");
+    host.add("sample", &["--transport", "fuse", "--mount", mount.to_str().unwrap()]).success();
+    let before = (processes(&host, ""), host.devices());
+    host.ublkimg(&["daemon", "--takeover"]).refused(2, &["the old one serves on"]);
+    assert!(host.log().contains("sample-v1 is served over FUSE"), "{}", host.log());
+    assert_eq!(processes(&host, ""), before.0, "the same guard and server");
+    assert_eq!(host.devices().len(), 1);
+    assert_eq!(host.devices()[0]["device"], before.1[0]["device"]);
+    assert_eq!(std::fs::read(mount.join("etc/added")).unwrap(), b"added\n");
+    host.add("sample", &["--name", "another", "--transport", "fuse"]).success();
+    host.end();
+}

@@ -22,8 +22,8 @@ pub(super) fn run(global: &Global, command: &Daemon) -> anyhow::Result<()> {
         return stop(&directories, command.keep_devices);
     }
     if command.server {
-        let (limits, takes_over) = (limits(command), command.takeover);
-        return Ok(run_server(ServerOptions { directories, limits, takes_over })?);
+        let (limits, takes_over, recovery_timeout) = (limits(command), command.takeover, command.recovery_timeout);
+        return Ok(run_server(ServerOptions { directories, limits, takes_over, recovery_timeout })?);
     }
     if command.takeover {
         return Ok(takeover::request(&directories, &std::env::current_exe()?)?);

@@ -29,9 +29,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::protocol::{Answer, Fault, Request};
 use super::server_process::{ServerProcess, pid, process_lives};
-use super::state::{DeviceRecord, Records, boot_id};
+use super::state::{Listed, Records, boot_id};
 use super::{Directories, client, notify, takeover};
-use crate::device::{Transport, ublk};
+use crate::device::Transport;
+use crate::device::ublk::{self, Claim};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernel;
 
@@ -314,7 +315,7 @@ impl Guard<'_> {
             return Ok(server_on(self.directories).is_none() && waiting_devices(self.directories)?.is_empty());
         }
         let records = Records::new(self.directories.devices());
-        Ok(self.failures.starts > 0 && records.read_all()?.is_empty())
+        Ok(self.failures.starts > 0 && records.list()? == Listed::default())
     }
 }
 
@@ -401,10 +402,10 @@ impl Failures {
 
 /// Deletes the devices that wait. Records stay: they say what was lost.
 fn delete_devices(directories: &Directories) -> Result<()> {
-    for (record, id) in waiting_devices(directories)? {
-        tracing::error!(device = record.name, id, "no server stays up: deleting the device, its readers get EIO");
-        if let Err(error) = ublk::delete(id) {
-            tracing::error!(device = record.name, id, "cannot delete the device: {error}");
+    for (name, claim) in waiting_devices(directories)? {
+        tracing::error!(device = name, id = claim.id, "no server stays up: deleting the device, its readers get EIO");
+        if let Err(error) = ublk::delete_claimed(claim) {
+            tracing::error!(device = name, id = claim.id, "cannot delete the device: {error}");
         }
     }
     Ok(())
@@ -412,18 +413,15 @@ fn delete_devices(directories: &Directories) -> Result<()> {
 
 /// The devices of this boot that the records name and no server holds: another server may have come for one, one of
 /// another guard.
-fn waiting_devices(directories: &Directories) -> Result<Vec<(DeviceRecord, u32)>> {
-    let boot = boot_id()?;
-    let records = Records::new(directories.devices()).read_all()?.into_iter();
-    let mut recorded: Vec<_> =
-        records.filter(|it| it.boot_id == boot).filter_map(|it| it.ublk_id.map(|id| (it, id))).collect();
-    if recorded.is_empty() {
-        return Ok(recorded);
+fn waiting_devices(directories: &Directories) -> Result<Vec<(String, Claim)>> {
+    let mut claims = Records::new(directories.devices()).list()?.claims(&boot_id()?);
+    if claims.is_empty() {
+        return Ok(claims);
     }
     let devices = ublk::devices()?;
-    let waits = |id| devices.iter().any(|it| it.id == id && !u32::try_from(it.server_pid).is_ok_and(process_lives));
-    recorded.retain(|(_, id)| waits(*id));
-    Ok(recorded)
+    let waits = |claim| devices.iter().any(|it| it.is(claim) && !u32::try_from(it.server_pid).is_ok_and(process_lives));
+    claims.retain(|(_, claim)| waits(*claim));
+    Ok(claims)
 }
 
 /// Signals that a guard knows.

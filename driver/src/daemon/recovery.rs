@@ -12,7 +12,10 @@
 //! | one of ours that was never started, without a record | its server died before it wrote one | deleted |
 //!
 //! A device that cannot be taken over, because the store lost what it needs, is deleted with its record: readers get EIO
-//! instead of waiting for ever, and its name is free again. One that another process serves is left alone.
+//! instead of waiting for ever, and its name is free again. So is one whose record this version cannot read; that file is
+//! kept aside. Where somebody is in the way, a server that does not end or images that have all the memory there is for them,
+//! it is tried again beside serving, for as long as the guard waits for a server. One that another process serves is left
+//! alone.
 //!
 //! A FUSE device dies with its server: its record is removed. All other devices are left alone.
 
@@ -25,12 +28,15 @@ use ublkimg_registry::Digest;
 use super::attached::Attached;
 use super::server::{Server, blocking, options_of, starting};
 use super::server_process::process_lives;
-use super::state::DeviceRecord;
+use super::state::{DeviceRecord, Unreadable};
 use super::takeover::Known;
 use crate::attach::{KnownImage, LoadedImage};
-use crate::device::ublk::{self, DeviceState};
-use crate::device::{Prepared, Transport};
+use crate::device::Prepared;
+use crate::device::ublk::{self, Claim, DeviceState};
 use crate::error::{Error, ErrorKind, Result};
+
+/// Between attempts to take back a device that somebody is in the way of.
+const AGAIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// A killed process may take this long to let go of its devices.
 const DYING_TIMEOUT: Duration = Duration::from_secs(20);
@@ -42,7 +48,12 @@ const DYING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Only if the records cannot be listed.
 pub(super) async fn recover(server: &Arc<Server>, mut known: Known) -> Result<()> {
     let mut tasks = JoinSet::new();
-    for record in server.records.read_all()? {
+    let listed = server.records.list()?;
+    for unreadable in listed.unreadable {
+        // Beside the others, as what is given up.
+        tokio::spawn(give_up_unreadable(Arc::clone(server), unreadable));
+    }
+    for record in listed.records {
         let known = known.take(&record);
         tasks.spawn(recover_or_give_up(Arc::clone(server), record, known));
     }
@@ -58,27 +69,92 @@ pub(super) async fn recover(server: &Arc<Server>, mut known: Known) -> Result<()
 }
 
 async fn recover_or_give_up(server: Arc<Server>, record: DeviceRecord, known: Option<KnownImage>) {
-    let (name, id) = (record.name.clone(), record.ublk_id);
-    let started = Instant::now();
-    match recover_one(&server, record, known).await {
-        Ok(true) => tracing::warn!(device = name, after = ?started.elapsed(), "taken back"),
-        Ok(false) => {
-            tracing::warn!(device = name, "gone: its record is removed");
-            forget(&server, &name);
-        }
-        Err(error) if error.kind() == ErrorKind::Busy => {
-            tracing::error!(device = name, "cannot be taken back now: {}", error.chain());
-        }
-        Err(error) => {
-            tracing::error!(device = name, "cannot be taken back, its readers get EIO: {}", error.chain());
-            // Beside the others, since it waits for whoever holds the device; under its name's lock.
-            let lock = server.locks.lock(&name).await;
-            tokio::spawn(async move {
-                give_up(&server, &name, id).await;
-                drop(lock);
-            });
+    let lock = server.locks.lock(&record.name).await;
+    let began = Instant::now();
+    if let Some(next) = attempt(&server, &record, known, began).await {
+        // Beside the others: what holds it may take its time.
+        tokio::spawn(async move {
+            finish(&server, &record, next, began).await;
+            drop(lock);
+        });
+    }
+}
+
+/// What is to be done with a device that was not taken back.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// It is tried again: whoever is in the way may go.
+    TryAgain,
+    /// It is deleted: readers get EIO.
+    GiveUp,
+    /// It is another's.
+    Leave,
+}
+
+impl Next {
+    /// After an error of that kind, so long after the first attempt.
+    fn after(kind: ErrorKind, elapsed: Duration, limit: Duration, is_served: bool) -> Self {
+        match kind {
+            ErrorKind::Busy if elapsed < limit => Self::TryAgain,
+            ErrorKind::Busy if is_served => Self::Leave,
+            _ => Self::GiveUp,
         }
     }
+}
+
+/// Tries to take a device back. Nothing is left to do if it has come back, or is gone.
+async fn attempt(
+    server: &Arc<Server>,
+    record: &DeviceRecord,
+    known: Option<KnownImage>,
+    began: Instant,
+) -> Option<Next> {
+    let name = record.name.as_str();
+    let error = match recover_one(server, record.clone(), known).await {
+        Ok(true) => {
+            tracing::warn!(device = name, after = ?began.elapsed(), "taken back");
+            return None;
+        }
+        Ok(false) => {
+            tracing::warn!(device = name, "gone: its record is removed");
+            forget(server, name);
+            return None;
+        }
+        Err(error) => error,
+    };
+    let claim = record.claim(&server.boot_id);
+    let is_served = blocking(move || claim.map_or(Ok(false), is_served)).await.unwrap_or(false);
+    let next = Next::after(error.kind(), began.elapsed(), server.recovery_timeout, is_served);
+    let consequence = match next {
+        Next::TryAgain => "cannot be taken back now, is tried again",
+        Next::GiveUp => "cannot be taken back, its readers get EIO",
+        Next::Leave => "is served by another process, and left to it",
+    };
+    tracing::error!(device = name, "{consequence}: {}", error.chain());
+    Some(next)
+}
+
+/// Tries again until there is an end.
+async fn finish(server: &Arc<Server>, record: &DeviceRecord, mut next: Next, began: Instant) {
+    while next == Next::TryAgain {
+        tokio::time::sleep(AGAIN_PAUSE).await;
+        let Some(then) = attempt(server, record, None, began).await else {
+            return server.device_came.notify_waiters();
+        };
+        next = then;
+    }
+    if next == Next::GiveUp && delete(&record.name, record.claim(&server.boot_id)).await {
+        forget(server, &record.name);
+    }
+}
+
+/// Whether a process that lives serves the device.
+fn is_served(claim: Claim) -> Result<bool> {
+    let has_server = |device: ublk::KernelDevice| {
+        let waits = matches!(device.state, DeviceState::Quiesced | DeviceState::Dead);
+        !waits && u32::try_from(device.server_pid).is_ok_and(process_lives)
+    };
+    Ok(ublk::devices()?.into_iter().find(|device| device.is(claim)).is_some_and(has_server))
 }
 
 /// Deletes what a server that was killed between adding a device and writing its record left. A living creator is about
@@ -97,14 +173,37 @@ fn delete_unrecorded() -> Result<()> {
     Ok(())
 }
 
-async fn give_up(server: &Arc<Server>, name: &str, id: Option<u32>) {
-    let deleted = blocking(move || id.map_or(Ok(()), ublk::delete)).await;
-    match deleted {
-        // Somebody still holds it: it goes when they let go.
+/// Whether a device is gone, or will be when those who still hold it let go.
+async fn delete(name: &str, claim: Option<Claim>) -> bool {
+    let Some(claim) = claim else { return true };
+    match blocking(move || ublk::delete_claimed(claim)).await {
         Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::TimedOut) => {
             tracing::error!(device = name, "cannot be deleted: {}", error.chain());
+            false
         }
-        _ => forget(server, name),
+        _ => true,
+    }
+}
+
+/// What the device is to serve is not known: its readers get EIO.
+async fn give_up_unreadable(server: Arc<Server>, unreadable: Unreadable) {
+    let name = unreadable.name.as_str();
+    let _name_lock = server.locks.lock(name).await;
+    if let Some(claim) = unreadable.claim(&server.boot_id) {
+        match blocking(move || wait_for_its_server(claim)).await {
+            Ok(false) => {}
+            Ok(true) => {
+                tracing::error!(device = name, "cannot be taken back without its record: its readers get EIO");
+                if !delete(name, Some(claim)).await {
+                    return;
+                }
+            }
+            Err(error) => return tracing::error!(device = name, "left alone: {}", error.chain()),
+        }
+    }
+    match server.records.set_aside(&unreadable) {
+        Ok(aside) => tracing::error!(device = name, path = %aside.display(), "what is no record is kept here"),
+        Err(error) => tracing::error!(device = name, "{}", error.chain()),
     }
 }
 
@@ -116,12 +215,9 @@ fn forget(server: &Arc<Server>, name: &str) {
 }
 
 async fn recover_one(server: &Arc<Server>, record: DeviceRecord, known: Option<KnownImage>) -> Result<bool> {
-    let (Transport::Ublk, Some(id)) = (record.transport, record.ublk_id) else { return Ok(false) };
-    if record.boot_id != server.boot_id {
-        return Ok(false);
-    }
+    let Some(claim) = record.claim(&server.boot_id) else { return Ok(false) };
     // Readers wait: what can be done while the kernel takes the other server apart is done meanwhile.
-    let (is_there, loaded) = tokio::join!(blocking(move || wait_for_its_server(id)), load(server, &record, known));
+    let (is_there, loaded) = tokio::join!(blocking(move || wait_for_its_server(claim)), load(server, &record, known));
     if !is_there? {
         return Ok(false);
     }
@@ -130,7 +226,7 @@ async fn recover_one(server: &Arc<Server>, record: DeviceRecord, known: Option<K
     let mut start = starting(&loaded, &record);
     let image = loaded.image;
     let served = Arc::clone(&image);
-    let device = blocking(move || Prepared::recover(served, id)?.start()).await?;
+    let device = blocking(move || Prepared::recover(served, claim.id)?.start()).await?;
     start.give_window(&record.name, device.path());
     let verity = loaded.verity;
     server.attached.lock().insert(record.name.clone(), Attached { record, device, image, start, verity });
@@ -149,14 +245,27 @@ async fn load(server: &Arc<Server>, record: &DeviceRecord, known: Option<KnownIm
 }
 
 /// Waits until the device has no server; false if there is nothing to take over.
-fn wait_for_its_server(id: u32) -> Result<bool> {
-    let Some(device) = ublk::without_server(id, DYING_TIMEOUT)? else { return Ok(false) };
-    if device.creator_pid.is_none() {
-        return Ok(false);
-    }
+fn wait_for_its_server(claim: Claim) -> Result<bool> {
+    let Some(device) = ublk::without_server(claim, DYING_TIMEOUT)? else { return Ok(false) };
     if device.state == DeviceState::Dead {
-        ublk::delete(id)?;
+        ublk::delete_claimed(claim)?;
         return Ok(false);
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_somebody_is_in_the_way_of_is_tried_again_until_the_limit_and_then_given_up() {
+        let (limit, soon) = (Duration::from_secs(60), Duration::from_secs(20));
+        for is_served in [false, true] {
+            assert_eq!(Next::after(ErrorKind::Busy, soon, limit, is_served), Next::TryAgain);
+        }
+        assert_eq!(Next::after(ErrorKind::Busy, limit, limit, false), Next::GiveUp);
+        assert_eq!(Next::after(ErrorKind::Busy, limit, limit, true), Next::Leave);
+        assert_eq!(Next::after(ErrorKind::NotFound, soon, limit, false), Next::GiveUp, "the store has lost it");
+    }
 }

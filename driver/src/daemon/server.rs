@@ -58,6 +58,8 @@ pub struct ServerOptions {
     pub limits: Limits,
     /// Take over from the server that is there.
     pub takes_over: bool,
+    /// How long a device that cannot be taken back now is tried again, before its readers get EIO.
+    pub recovery_timeout: Duration,
 }
 
 /// Runs a server until it is asked to stop. Must be called while the process has one thread.
@@ -65,7 +67,7 @@ pub struct ServerOptions {
 /// # Errors
 /// What kept it from starting: no rights, another server on the same root, no socket.
 pub fn run_server(options: ServerOptions) -> Result<()> {
-    let ServerOptions { directories, limits, takes_over } = options;
+    let ServerOptions { directories, limits, takes_over, recovery_timeout } = options;
     directories.create().map_err(|(path, error)| Error::io(format!("cannot create {}", path.display()), error))?;
     descriptors::raise_limit();
     // Who waits for a page of ours may be who is to be killed for memory: take others first.
@@ -105,6 +107,7 @@ pub fn run_server(options: ServerOptions) -> Result<()> {
         handed_over: AtomicBool::new(false),
         directories,
         limits,
+        recovery_timeout,
     });
     runtime.block_on(server.run(known))
 }
@@ -135,6 +138,7 @@ fn open_store(directories: &Directories) -> Result<Arc<Store>> {
 pub(super) struct Server {
     pub(super) directories: Directories,
     pub(super) limits: Limits,
+    pub(super) recovery_timeout: Duration,
     pub(super) records: Records,
     pub(super) store: Arc<Store>,
     pub(super) engine: Engine,
@@ -291,6 +295,7 @@ impl Server {
             manifest: loaded.manifest_digest.to_string(),
             transport,
             ublk_id: None,
+            creator_pid: None,
             plain_http: request.plain_http,
             auth_file: request.auth_file,
             credential_files: request.credential_files,
@@ -322,6 +327,7 @@ impl Server {
         let fuse_directory = self.directories.fuse().join(&record.name);
         let prepared = Prepared::new(record.transport, Arc::clone(&image), queue, &fuse_directory)?;
         record.ublk_id = prepared.ublk_id();
+        record.creator_pid = record.ublk_id.map(|_| std::process::id());
         self.records.write(&record)?;
         match prepared.start() {
             Ok(device) => {

@@ -4,8 +4,12 @@
 //! after it is gone. The kernel keeps none of this. Nobody waits for the disk: after a power cut there is no device whose
 //! record could be missed, and an empty file that is left of one is removed. Records hold no secrets: credentials are read
 //! again from where they came.
+//!
+//! A record that this version cannot read, since it was cut short or has fields of a later one, still says which device
+//! waits for a server that cannot come ([`Unreadable::claim`]).
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::protocol::StartOptions;
 use crate::attach::KeptProfile;
 use crate::device::Transport;
+use crate::device::ublk::Claim;
 use crate::error::{Error, ErrorKind, Result};
 
 /// A record file may have this many bytes; a larger one was not written by us.
@@ -24,14 +29,19 @@ const RECORD_MAX_BYTES: u64 = 1 << 20;
 pub struct DeviceRecord {
     /// The device's name, also the file's.
     pub name: String,
+    /// The kernel's number of the ublk device; none for FUSE.
+    pub ublk_id: Option<u32>,
+    /// The process that added the ublk device. Records of version 0.1.0 lack it.
+    #[serde(default)]
+    pub creator_pid: Option<u32>,
+    /// The boot in which the device was made: after a reboot it is gone and must be made anew.
+    pub boot_id: String,
     /// The reference given to `add`.
     pub reference: String,
     /// Digest of the image manifest that is served.
     pub manifest: String,
     /// How it is served; never `Auto`.
     pub transport: Transport,
-    /// The kernel's number of the ublk device; none for FUSE.
-    pub ublk_id: Option<u32>,
     /// See [`super::protocol::AddRequest::plain_http`].
     pub plain_http: bool,
     /// See [`super::protocol::AddRequest::auth_file`].
@@ -55,8 +65,66 @@ pub struct DeviceRecord {
     pub start: StartOptions,
     /// Mount points made by `add --mount`.
     pub mounts: Vec<PathBuf>,
-    /// The boot in which the device was made: after a reboot it is gone and must be made anew.
-    pub boot_id: String,
+}
+
+impl DeviceRecord {
+    /// The ublk device that it is about, if there can be one in this boot.
+    #[must_use]
+    pub fn claim(&self, boot_id: &str) -> Option<Claim> {
+        let id = self.ublk_id.filter(|_| self.boot_id == boot_id)?;
+        Some(Claim { id, creator_pid: self.creator_pid })
+    }
+}
+
+/// A file that should be a record and is none of this version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    /// What its device should be called.
+    pub name: String,
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub why: String,
+    text: String,
+}
+
+impl Unreadable {
+    /// As [`DeviceRecord::claim`], from what can be made out.
+    #[must_use]
+    pub fn claim(&self, boot_id: &str) -> Option<Claim> {
+        let is_of_this_boot = self.value("boot_id")?.starts_with(&format!("\"{boot_id}\""));
+        let id = self.number("ublk_id").filter(|_| is_of_this_boot)?;
+        Some(Claim { id, creator_pid: self.number("creator_pid") })
+    }
+
+    fn number(&self, key: &str) -> Option<u32> {
+        let value = self.value(key)?;
+        value[..value.find(|c: char| !c.is_ascii_digit())?].parse().ok()
+    }
+
+    /// What follows a key.
+    fn value(&self, key: &str) -> Option<&str> {
+        Some(self.text.split_once(&format!("\"{key}\":"))?.1.trim_start())
+    }
+}
+
+/// What is in the directory of records.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Listed {
+    /// By name.
+    pub records: Vec<DeviceRecord>,
+    /// What is none.
+    pub unreadable: Vec<Unreadable>,
+}
+
+impl Listed {
+    /// The ublk devices of this boot that the files are about, with their names.
+    #[must_use]
+    pub fn claims(&self, boot_id: &str) -> Vec<(String, Claim)> {
+        let of_records = self.records.iter().map(|it| (&it.name, it.claim(boot_id)));
+        let of_others = self.unreadable.iter().map(|it| (&it.name, it.claim(boot_id)));
+        of_records.chain(of_others).filter_map(|(name, claim)| Some((name.clone(), claim?))).collect()
+    }
 }
 
 /// The directory of records.
@@ -106,18 +174,36 @@ impl Records {
         }
     }
 
-    /// All records, by name. A file that cannot be read as a record is reported in the log and left alone; an empty one is
-    /// what a power cut left, and removed.
+    /// Takes a file away that is no record, and keeps what is in it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`], naming the file.
+    pub fn set_aside(&self, unreadable: &Unreadable) -> Result<PathBuf> {
+        let aside = unreadable.path.with_extension("unreadable");
+        fs::rename(&unreadable.path, &aside).map_err(|error| Error::path("rename", &unreadable.path, error))?;
+        Ok(aside)
+    }
+
+    /// All records, by name.
+    ///
+    /// # Errors
+    /// As [`Records::list`].
+    pub fn read_all(&self) -> Result<Vec<DeviceRecord>> {
+        Ok(self.list()?.records)
+    }
+
+    /// All that is there. A file that cannot be read as a record is reported in the log; an empty one is what a power cut
+    /// left, and removed.
     ///
     /// # Errors
     /// [`ErrorKind::Io`] if the directory cannot be listed; one that does not exist has no records.
-    pub fn read_all(&self) -> Result<Vec<DeviceRecord>> {
+    pub fn list(&self) -> Result<Listed> {
+        let mut listed = Listed::default();
         let entries = match fs::read_dir(&self.directory) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(listed),
             Err(error) => return Err(Error::io(format!("cannot list {}", self.directory.display()), error)),
         };
-        let mut records = Vec::new();
         for entry in entries {
             let entry = entry.map_err(|error| Error::io(format!("cannot list {}", self.directory.display()), error))?;
             let path = entry.path();
@@ -129,13 +215,21 @@ impl Records {
                 let _ = fs::remove_file(&path);
                 continue;
             }
-            match read_record(&path) {
-                Ok(record) => records.push(record),
-                Err(error) => tracing::error!(path = %path.display(), "device record ignored: {error}"),
+            match read(&path) {
+                Ok(record) => listed.records.push(record),
+                Err(unreadable) => listed.unreadable.push(unreadable),
             }
         }
-        records.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(records)
+        listed.records.sort_by(|a, b| a.name.cmp(&b.name));
+        for unreadable in &mut listed.unreadable {
+            tracing::error!(path = %unreadable.path.display(), "no device record of this version: {}", unreadable.why);
+            let id = unreadable.number("ublk_id");
+            if listed.records.iter().any(|record| record.ublk_id.is_some() && record.ublk_id == id) {
+                // Whatever it is, that device has a record.
+                unreadable.text.clear();
+            }
+        }
+        Ok(listed)
     }
 }
 
@@ -145,14 +239,18 @@ pub(super) fn is_half_written(path: &Path) -> bool {
     name.and_then(|name| name.strip_prefix('.')).is_some_and(|name| name.ends_with(".new"))
 }
 
-fn read_record(path: &Path) -> std::result::Result<DeviceRecord, Box<dyn std::error::Error>> {
-    let len_bytes = fs::metadata(path)?.len();
-    if len_bytes > RECORD_MAX_BYTES {
-        return Err(format!("{len_bytes} bytes is too long for a record").into());
-    }
-    let record: DeviceRecord = serde_json::from_slice(&fs::read(path)?)?;
-    if path.file_stem().and_then(|stem| stem.to_str()) != Some(record.name.as_str()) {
-        return Err("the file's name is not the record's".into());
+fn read(path: &Path) -> std::result::Result<DeviceRecord, Unreadable> {
+    let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let unreadable = |why: String, text: String| Unreadable { name: name.clone(), path: path.to_path_buf(), why, text };
+    let file = fs::File::open(path).map_err(|error| unreadable(error.to_string(), String::new()))?;
+    let mut bytes = Vec::new();
+    file.take(RECORD_MAX_BYTES)
+        .read_to_end(&mut bytes)
+        .map_err(|error| unreadable(error.to_string(), String::new()))?;
+    let text = || String::from_utf8_lossy(&bytes).into_owned();
+    let record: DeviceRecord = serde_json::from_slice(&bytes).map_err(|error| unreadable(error.to_string(), text()))?;
+    if record.name != name {
+        return Err(unreadable(format!("it is the record of {}", record.name), text()));
     }
     Ok(record)
 }
@@ -180,6 +278,7 @@ mod tests {
             manifest: "sha256:00".into(),
             transport: Transport::Ublk,
             ublk_id: Some(3),
+            creator_pid: Some(77),
             plain_http: false,
             auth_file: None,
             credential_files: vec!["/etc/docker/config.json".into()],
@@ -208,20 +307,56 @@ mod tests {
     }
 
     #[test]
-    fn a_record_cut_short_or_under_another_name_is_left_out() {
+    fn a_record_cut_short_or_of_another_version_still_says_which_device_it_is_about() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::new(dir.path().to_path_buf());
+        records.write(&DeviceRecord { ublk_id: Some(5), ..record("good") }).unwrap();
+        let text = serde_json::to_string_pretty(&record("bad")).unwrap();
+        let claim = Claim { id: 3, creator_pid: Some(77) };
+        let with = |line: &str| text.replacen('{', &format!("{{ {line},"), 1);
+        let fault = FaultRow::begins("a device record that was cut short, or has fields of a later version");
+        for bad in [&text[..text.len() / 2], &with(r#""later": 1"#), &text.replace('\n', "").replace("}", "")] {
+            fs::write(dir.path().join("bad.json"), bad).unwrap();
+            let listed = records.list().unwrap();
+            assert_eq!(listed.records.iter().map(|record| &record.name).collect::<Vec<_>>(), ["good"]);
+            let [unreadable] = &listed.unreadable[..] else { panic!("{listed:?}") };
+            assert_eq!((unreadable.name.as_str(), unreadable.claim("b")), ("bad", Some(claim)), "{bad}");
+            assert_eq!(unreadable.claim("another boot"), None);
+            assert_eq!(listed.claims("b").len(), 2);
+            assert!(records.set_aside(unreadable).unwrap().exists());
+            assert_eq!(records.list().unwrap().unreadable, []);
+        }
+        fault.ends("it says which device waits");
+    }
+
+    #[test]
+    fn a_file_that_is_about_the_device_of_a_record_or_about_none_claims_none() {
         let dir = tempfile::tempdir().unwrap();
         let records = Records::new(dir.path().to_path_buf());
         records.write(&record("good")).unwrap();
         let bytes = fs::read(dir.path().join("good.json")).unwrap();
         fs::write(dir.path().join("cut.json"), &bytes[..bytes.len() / 2]).unwrap();
-        fs::write(dir.path().join("other.json"), &bytes).unwrap();
+        fs::write(dir.path().join("copy.json"), &bytes).unwrap();
+        fs::write(dir.path().join("rubbish.json"), [0xff; 100]).unwrap();
         fs::write(dir.path().join(".x.new"), b"").unwrap();
         fs::write(dir.path().join("empty.json"), b"").unwrap();
-        let fault = FaultRow::begins("a device record that was cut short");
-        let names: Vec<_> = records.read_all().unwrap().into_iter().map(|r| r.name).collect();
-        fault.ends("reported, left alone");
-        assert_eq!(names, ["good"]);
+        let listed = records.list().unwrap();
+        assert_eq!(listed.records, [record("good")]);
+        assert_eq!(listed.unreadable.len(), 3);
+        assert_eq!(listed.claims("b"), [("good".to_owned(), Claim { id: 3, creator_pid: Some(77) })]);
         assert!(!dir.path().join("empty.json").exists());
+    }
+
+    #[test]
+    fn records_of_version_0_1_0_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = r#"{
+          "name": "app", "reference": "127.0.0.1:5000/app:1", "manifest": "sha256:00", "transport": "ublk", "ublk_id": 3,
+          "plain_http": false, "auth_file": null, "read_timeout_ms": 300000, "mounts": ["/mnt/a"], "boot_id": "b"
+        }"#;
+        fs::write(dir.path().join("app.json"), old).unwrap();
+        let expected = DeviceRecord { creator_pid: None, credential_files: Vec::new(), ..record("app") };
+        assert_eq!(Records::new(dir.path().to_path_buf()).read_all().unwrap(), [expected]);
     }
 
     #[test]

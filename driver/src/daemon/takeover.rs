@@ -148,7 +148,13 @@ impl Known {
 /// All that can be done while the other server still serves. Whatever this program cannot take over it must find here.
 pub(super) async fn prepare(directories: &Directories, store: &Arc<Store>) -> Result<Known> {
     let mut known = BTreeMap::new();
-    for record in Records::new(directories.devices()).read_all()? {
+    let listed = Records::new(directories.devices()).list()?;
+    if let Some(unreadable) = listed.unreadable.first() {
+        let path = unreadable.path.display();
+        let text = format!("{path} is no record that this version can read ({}): move it away first", unreadable.why);
+        return Err(Error::new(ErrorKind::Corrupt, text));
+    }
+    for record in listed.records {
         if record.transport != Transport::Ublk {
             let text = format!("{} is served over FUSE, which cannot be taken over: remove it first", record.name);
             return Err(Error::new(ErrorKind::Invalid, text));

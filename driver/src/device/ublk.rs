@@ -92,6 +92,24 @@ pub struct KernelDevice {
     pub creator_pid: Option<u32>,
 }
 
+/// A device that somebody remembers. The kernel gives numbers out again, so the number alone says too little.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    /// N of `/dev/ublkbN`.
+    pub id: u32,
+    /// The process that added it, if that is remembered.
+    pub creator_pid: Option<u32>,
+}
+
+impl KernelDevice {
+    /// Whether it is that device: one of ours with its number, and by its creator.
+    #[must_use]
+    pub fn is(&self, claim: Claim) -> bool {
+        let creator_fits = |pid| claim.creator_pid.is_none_or(|claimed| claimed == pid);
+        self.id == claim.id && self.creator_pid.is_some_and(creator_fits)
+    }
+}
+
 fn creator_pid(info: &sys::ublksrv_ctrl_dev_info) -> Option<u32> {
     let made_by_us = info.ublksrv_flags >> 32 == u64::from(MADE_BY_US);
     made_by_us.then(|| u32::try_from(info.ublksrv_flags & u64::from(u32::MAX)).ok()).flatten()
@@ -132,21 +150,20 @@ fn device(control: &mut Control, id: u32) -> Result<Option<KernelDevice>> {
     }
 }
 
-/// Waits until no process serves a device of ours, and says what it is then; readers may be waiting, so it looks often.
-/// `None` if there is no such device.
+/// Waits until no process serves a device, and says what it is then; readers may be waiting, so it looks often. `None` if
+/// it is not there.
 ///
 /// # Errors
 /// [`ErrorKind::Busy`] when it is still served after `timeout`; as [`devices`].
-pub fn without_server(id: u32, timeout: Duration) -> Result<Option<KernelDevice>> {
+pub fn without_server(claim: Claim, timeout: Duration) -> Result<Option<KernelDevice>> {
     let (mut control, deadline) = (Control::open()?, Instant::now() + timeout);
     loop {
-        let Some(device) = device(&mut control, id)? else { return Ok(None) };
-        let is_served = !matches!(device.state, DeviceState::Quiesced | DeviceState::Dead);
-        if device.creator_pid.is_none() || !is_served {
+        let Some(device) = device(&mut control, claim.id)?.filter(|device| device.is(claim)) else { return Ok(None) };
+        if matches!(device.state, DeviceState::Quiesced | DeviceState::Dead) {
             return Ok(Some(device));
         }
         if Instant::now() > deadline {
-            let text = format!("process {} still serves /dev/ublkb{id}", device.server_pid);
+            let text = format!("process {} still serves /dev/ublkb{}", device.server_pid, claim.id);
             return Err(Error::new(ErrorKind::Busy, text));
         }
         std::thread::sleep(SERVER_POLL);
@@ -164,6 +181,17 @@ pub fn delete(id: u32) -> Result<()> {
     // A device that was never started cannot be stopped.
     if_there(control.stop(id))?;
     control.delete(id, DELETE_TIMEOUT)
+}
+
+/// The same, if it is that device.
+///
+/// # Errors
+/// As [`delete`].
+pub fn delete_claimed(claim: Claim) -> Result<()> {
+    match device(&mut Control::open()?, claim.id)? {
+        Some(device) if device.is(claim) => delete(claim.id),
+        _ => Err(Error::new(ErrorKind::NotFound, format!("there is no ublk device {} of ours", claim.id))),
+    }
 }
 
 /// A command for a device that is not there, or not in that state, has nothing left to do.
