@@ -1,7 +1,7 @@
 //! The one interface: an image repository, wherever it is.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt};
@@ -27,12 +27,33 @@ const PIECE_BYTES: u64 = 1 << 20;
 /// Cheap to clone; clones share connections, tokens and the bound on requests in flight. A layout directory is created by
 /// the first push into it.
 #[derive(Debug, Clone)]
-pub struct Repository(Inner);
+pub struct Repository(Arc<Opening>);
+
+/// What is opened once, at the latest when it is used.
+#[derive(Debug)]
+struct Opening {
+    location: Location,
+    options: ClientOptions,
+    opened: OnceLock<Inner>,
+}
 
 #[derive(Debug, Clone)]
 enum Inner {
     Layout(Layout),
     Remote(Arc<Mirrored>),
+}
+
+impl Opening {
+    fn open(&self) -> Result<&Inner> {
+        if let Some(opened) = self.opened.get() {
+            return Ok(opened);
+        }
+        let opened = match &self.location {
+            Location::Layout { dir, tag } => Inner::Layout(Layout::new(dir, tag.as_deref())),
+            Location::Registry(reference) => Inner::Remote(Arc::new(Mirrored::new(reference, &self.options)?)),
+        };
+        Ok(self.opened.get_or_init(|| opened))
+    }
 }
 
 /// What a location names at this moment.
@@ -65,30 +86,38 @@ impl Repository {
     /// be read.
     #[expect(clippy::unused_async, reason = "the interface leaves room for a first contact")]
     pub async fn open(location: &Location, options: &ClientOptions) -> Result<Self> {
-        match location {
-            Location::Layout { dir, tag } => Ok(Self(Inner::Layout(Layout::new(dir, tag.as_deref())))),
-            Location::Registry(reference) => Ok(Self(Inner::Remote(Arc::new(Mirrored::new(reference, options)?)))),
-        }
+        let repository = Self::open_later(location, options);
+        repository.0.open()?;
+        Ok(repository)
+    }
+
+    /// The same, at the first use that finds the configuration usable. Until then each use is `Unavailable`.
+    #[must_use]
+    pub fn open_later(location: &Location, options: &ClientOptions) -> Self {
+        let (location, options) = (location.clone(), options.clone());
+        Self(Arc::new(Opening { location, options, opened: OnceLock::new() }))
     }
 
     /// The same repository without the mirrors of its registry, for what is read in order to be written: a mirror may be
     /// behind.
     #[must_use]
     pub fn without_mirrors(&self) -> Self {
-        match &self.0 {
-            Inner::Layout(_) => self.clone(),
-            Inner::Remote(remote) => Self(Inner::Remote(Arc::new(remote.without_mirrors()))),
-        }
+        let Ok(Inner::Remote(remote)) = self.0.open() else { return self.clone() };
+        let (location, options) = (self.0.location.clone(), self.0.options.clone());
+        let opened = OnceLock::from(Inner::Remote(Arc::new(remote.without_mirrors())));
+        Self(Arc::new(Opening { location, options, opened }))
     }
 
     /// To be called when bytes of a blob are not what somebody vouches for, and a mirror may have sent them: no mirror is asked
     /// for this blob for a minute. The same repository without its mirrors, which is worth asking then; `None` without mirrors.
     #[must_use]
     pub fn distrust_mirrors(&self, digest: &Digest) -> Option<Self> {
-        match &self.0 {
-            Inner::Layout(_) => None,
-            Inner::Remote(remote) => remote.distrust(digest).then(|| self.without_mirrors()),
-        }
+        let Ok(Inner::Remote(remote)) = self.0.open() else { return None };
+        remote.distrust(digest).then(|| self.without_mirrors())
+    }
+
+    fn inner(&self) -> Result<&Inner> {
+        self.0.open().map_err(|error| Error::unavailable(error.to_string()).with_source(error))
     }
 
     /// The manifest or index that the location names: one request to a registry.
@@ -98,7 +127,7 @@ impl Repository {
     /// that the reference or the registry gives; `TooLarge` above [`crate::MAX_MANIFEST_BYTES`]; and those of the
     /// connection.
     pub async fn resolve(&self) -> Result<Resolved> {
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(layout) => blocking(layout, Layout::resolve).await,
             Inner::Remote(remote) => remote.resolve().await,
         }
@@ -110,7 +139,7 @@ impl Repository {
     /// As [`Repository::resolve`].
     pub async fn manifest(&self, digest: &Digest) -> Result<Bytes> {
         let digest = *digest;
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(layout) => blocking(layout, move |layout| layout.manifest(&digest)).await,
             Inner::Remote(remote) => remote.manifest(&digest).await,
         }
@@ -130,7 +159,7 @@ impl Repository {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(layout) => blocking(layout, move |layout| layout.blob_range(&digest, range)).await,
             Inner::Remote(remote) => remote.blob_range(&digest, range).await,
         }
@@ -146,9 +175,10 @@ impl Repository {
             return RangeStream::new(stream::iter([Err(error)]).boxed(), LastTrouble::default());
         }
         let trouble = LastTrouble::default();
-        let pieces = match &self.0 {
-            Inner::Layout(layout) => layout_stream(layout.clone(), digest, range),
-            Inner::Remote(remote) => remote.blob_stream(digest, range, trouble.clone()),
+        let pieces = match self.inner() {
+            Ok(Inner::Layout(layout)) => layout_stream(layout.clone(), digest, range),
+            Ok(Inner::Remote(remote)) => remote.blob_stream(digest, range, trouble.clone()),
+            Err(error) => stream::iter([Err(error)]).boxed(),
         };
         RangeStream::new(pieces, trouble)
     }
@@ -160,7 +190,7 @@ impl Repository {
     /// `NotFound` and those of the connection, here or wrapped in the reader's [`std::io::Error`].
     pub async fn blob(&self, digest: &Digest, size_bytes: u64) -> Result<BlobReader> {
         let digest = *digest;
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(layout) => {
                 let file = blocking(layout, move |layout| layout.open_blob(&digest, size_bytes)).await?;
                 Ok(BlobReader::of_file(tokio::fs::File::from_std(file), digest, size_bytes))
@@ -175,7 +205,7 @@ impl Repository {
     /// Those of the connection; a missing blob is none.
     pub async fn has_blob(&self, digest: &Digest) -> Result<bool> {
         let digest = *digest;
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(layout) => blocking(layout, move |layout| Ok(layout.has_blob(&digest))).await,
             Inner::Remote(remote) => remote.registry().has_blob(&digest).await,
         }
@@ -195,7 +225,7 @@ impl Repository {
         mount_from: Option<&str>,
     ) -> Result<Pushed> {
         let digest = *digest;
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(layout) => {
                 blocking(layout, move |layout| layout.push_blob(&digest, size_bytes, &source)).await
             }
@@ -209,7 +239,7 @@ impl Repository {
     /// # Errors
     /// Those of the connection.
     pub async fn mount_blob(&self, digest: &Digest, from: &str) -> Result<bool> {
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(_) => Ok(false),
             Inner::Remote(remote) => remote.registry().mount_blob(digest, from).await,
         }
@@ -225,7 +255,7 @@ impl Repository {
         if bytes.len() > crate::MAX_MANIFEST_BYTES {
             return Err(Error::too_large(format!("a manifest of {} bytes; the limit is 4 MiB", bytes.len())));
         }
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(layout) => {
                 let (media_type, tag) = (media_type.to_owned(), tag.map(str::to_owned));
                 blocking(layout, move |layout| layout.push_manifest(&media_type, &bytes, tag.as_deref())).await

@@ -236,3 +236,40 @@ fn a_takeover_over_fuse_is_refused_and_nothing_changes() {
     host.add("sample", &["--name", "another", "--transport", "fuse"]).success();
     host.end();
 }
+
+#[test]
+fn a_configuration_that_broke_costs_no_read_of_what_is_stored() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    if !Path::new("/dev/ublk-control").exists() {
+        skip!("this kernel has no ublk: nothing survives a killed server");
+    }
+    let host = Host::with_sample();
+    let reference = host.registry.reference("sample", "v1");
+    let of_registry = host.root.join("certs.d").join(reference.split('/').next().unwrap());
+    std::fs::create_dir_all(&of_registry).unwrap();
+    let hosts = of_registry.join("hosts.toml");
+    let mount = host.root.join("mnt");
+    host.add("sample", &["--mount", mount.to_str().unwrap()]).success();
+    assert_eq!(std::fs::read(mount.join("etc/added")).unwrap(), b"added\n");
+    std::fs::write(&hosts, "this is no TOML").unwrap();
+    let [server] = processes(&host, "--server")[..] else { panic!("{:?}", leaks::processes_of(host.root.path())) };
+    host.kill_server();
+    host::wait_until("another server", || processes(&host, "--server").iter().any(|process| *process != server));
+    host::wait_until("its device", || host.devices().len() == 1);
+    std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    let fault = FaultRow::begins("`hosts.toml` is unusable when a server comes back");
+    assert_eq!(std::fs::read(mount.join("etc/added")).unwrap(), b"added\n", "it is stored");
+    // What is not stored waits, and status says for what; once the file is mended the read goes on.
+    let reading = std::thread::spawn({
+        let noise = mount.join("data/noise");
+        move || std::fs::read(noise)
+    });
+    let status = || host.ublkimg(&["status", "sample-v1"]).success().stdout;
+    host::wait_until("a read that waits for its configuration", || status().contains("hosts.toml"));
+    std::fs::remove_file(&hosts).unwrap();
+    assert!(!reading.join().unwrap().unwrap().is_empty());
+    fault.ends("what is stored is read; the rest waits until it is mended: data");
+    host.end();
+}

@@ -150,14 +150,13 @@ pub(crate) struct KnownImage {
 }
 
 impl KnownImage {
-    /// Finds an image in the store, and checks it. `location` is where its chunks are fetched from.
+    /// Finds an image in the store, and checks it. `location` is where its chunks are fetched from, by way of `repository`.
     pub(crate) async fn open(
         store: &Arc<Store>,
         location: &Location,
+        repository: Repository,
         manifest_digest: Digest,
-        options: &AttachOptions,
     ) -> Result<Self> {
-        let repository = open(location, options).await?;
         let mut held = Vec::new();
         let mut object = async |digest: Digest| {
             let not_here = || Error::new(ErrorKind::NotFound, format!("{digest} is not in the store"));
@@ -208,7 +207,9 @@ pub async fn reopen(
     profile: Option<&KeptProfile>,
     options: &AttachOptions,
 ) -> Result<LoadedImage> {
-    KnownImage::open(store, location, manifest_digest, options).await?.attach(store, engine, profile, options).await
+    let repository = open(location, options).await?;
+    let known = KnownImage::open(store, location, repository, manifest_digest).await?;
+    known.attach(store, engine, profile, options).await
 }
 
 /// What `options` say of the registry.
@@ -216,7 +217,13 @@ fn client(options: &AttachOptions) -> ClientOptions {
     ClientOptions { retry_deadline: options.attach_deadline, ..options.client.clone() }
 }
 
-async fn open(location: &Location, options: &AttachOptions) -> Result<Repository> {
+/// A repository for what is served already: what cannot be used now may be mended before it is needed.
+pub(crate) fn open_later(location: &Location, options: &AttachOptions) -> Repository {
+    Repository::open_later(location, &client(options))
+}
+
+/// A repository that can be used.
+pub(crate) async fn open(location: &Location, options: &AttachOptions) -> Result<Repository> {
     let repository = Repository::open(location, &client(options)).await;
     repository.map_err(|error| Error::registry(format!("open {location}"), error))
 }

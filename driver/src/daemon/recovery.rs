@@ -30,7 +30,7 @@ use super::server::{Server, blocking, options_of, starting};
 use super::server_process::process_lives;
 use super::state::{DeviceRecord, Unreadable};
 use super::takeover::Known;
-use crate::attach::{KnownImage, LoadedImage};
+use crate::attach::{self, KnownImage, LoadedImage};
 use crate::device::Prepared;
 use crate::device::ublk::{self, Claim, DeviceState};
 use crate::error::{Error, ErrorKind, Result};
@@ -239,7 +239,11 @@ async fn load(server: &Arc<Server>, record: &DeviceRecord, known: Option<KnownIm
     let manifest: Digest = record.manifest.parse().map_err(bad_record)?;
     let known = match known {
         Some(known) => known,
-        None => KnownImage::open(&server.store, &location, manifest, &options).await?,
+        // What is stored needs no registry, so no configuration of one either.
+        None => {
+            let repository = attach::open_later(&location, &options);
+            KnownImage::open(&server.store, &location, repository, manifest).await?
+        }
     };
     known.attach(&server.store, &server.engine, record.profile.as_ref(), &options).await
 }

@@ -33,7 +33,7 @@ use super::protocol::{Fault, Request};
 use super::server::options_of;
 use super::state::{DeviceRecord, Records};
 use super::{Directories, client, guard};
-use crate::attach::KnownImage;
+use crate::attach::{self, KnownImage};
 use crate::device::{Transport, ublk};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Store;
@@ -163,7 +163,8 @@ pub(super) async fn prepare(directories: &Directories, store: &Arc<Store>) -> Re
         let bad_record = |error| Error::caused(ErrorKind::Corrupt, format!("record of {}", record.name), error);
         let manifest: Digest = record.manifest.parse().map_err(bad_record)?;
         let (location, options) = options_of(&record)?;
-        let image = KnownImage::open(store, &location, manifest, &options).await?;
+        let repository = attach::open(&location, &options).await?;
+        let image = KnownImage::open(store, &location, repository, manifest).await?;
         known.insert(record.name, image);
     }
     Ok(Known(known))

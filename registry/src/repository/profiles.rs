@@ -165,7 +165,7 @@ impl Repository {
     /// Puts an index in the place of what the location named before.
     async fn push_index(&self, before: &Resolved, index: Bytes, tag: Option<String>) -> Result<Digest> {
         let media_type = if is_index(before) { before.media_type.clone() } else { MEDIA_TYPE_INDEX.to_owned() };
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(layout) => {
                 let old = before.digest;
                 blocking(layout, move |layout| layout.push_instead(&media_type, &index, tag.as_deref(), Some(&old)))
@@ -228,7 +228,7 @@ impl Repository {
     }
 
     async fn tag_to_push(&self) -> Result<Option<String>> {
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(layout) => blocking(layout, crate::layout::Layout::tag_of_image).await,
             Inner::Remote(remote) => match remote.registry().tag() {
                 Some(tag) => Ok(Some(tag.to_owned())),

@@ -15,7 +15,7 @@ impl Repository {
     /// # Errors
     /// `Corrupt` or `Invalid` for a list that is malformed; and those of the connection.
     pub async fn referrers(&self, subject: &Digest, artifact_type: Option<&str>) -> Result<Vec<Descriptor>> {
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(layout) => {
                 let (subject, wanted) = (*subject, artifact_type.map(str::to_owned));
                 blocking(layout, move |layout| layout.referrers(&subject, wanted.as_deref())).await
@@ -34,7 +34,7 @@ impl Repository {
             return Err(Error::too_large(format!("a manifest of {} bytes; the limit is 4 MiB", manifest.len())));
         }
         let artifact = Artifact::parse(&manifest)?;
-        match &self.0 {
+        match self.inner()? {
             Inner::Layout(_) => self.push_manifest(MEDIA_TYPE_MANIFEST, manifest, None).await,
             Inner::Remote(remote) => {
                 let listed = artifact.descriptor(&manifest);
