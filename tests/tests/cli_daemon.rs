@@ -13,7 +13,7 @@ use ublkimg_tests::command::ublkimg;
 use ublkimg_tests::fault_row::FaultRow;
 use ublkimg_tests::host::{self, Host};
 use ublkimg_tests::leaks;
-use ublkimg_tests::registry::{Auth, Credentials};
+use ublkimg_tests::registry::{Auth, Credentials, Fault, Toxic};
 use ublkimg_tests::sample_image::SampleImage;
 use ublkimg_tests::skip;
 use ublkimg_tests::temp_root::TempRoot;
@@ -271,5 +271,30 @@ fn a_configuration_that_broke_costs_no_read_of_what_is_stored() {
     std::fs::remove_file(&hosts).unwrap();
     assert!(!reading.join().unwrap().unwrap().is_empty());
     fault.ends("what is stored is read; the rest waits until it is mended: data");
+    host.end();
+}
+
+#[test]
+fn a_fill_outlasts_its_server() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    if !Path::new("/dev/ublk-control").exists() {
+        skip!("this kernel has no ublk: nothing survives a killed server");
+    }
+    let host = Host::with_sample();
+    host.add("sample", &[]).success();
+    host.registry.set_fault("hangs", Fault::new("*/blobs/*", Toxic::Hang));
+    host.ublkimg(&["fill", "sample-v1", "--mode", "idle"]).success();
+    let [server] = processes(&host, "--server")[..] else { panic!("{:?}", leaks::processes_of(host.root.path())) };
+    host.kill_server();
+    host::wait_until("another server", || processes(&host, "--server").iter().any(|process| *process != server));
+    host::wait_until("its device", || host.devices().len() == 1);
+    host.registry.clear_fault("hangs");
+    host::wait_until("all of it in the store", || {
+        let status = host.ublkimg(&["status", "sample-v1", "--json"]).success();
+        let status: Value = serde_json::from_str(&status.stdout).unwrap();
+        status["stored_bytes"] == status["layer_bytes"]
+    });
     host.end();
 }

@@ -85,7 +85,12 @@ impl Server {
         .await
     }
 
-    pub(super) fn fill(&self, name: &str, mode: FillMode) -> Result<()> {
+    /// Fills in another way from now on; the next server does so too.
+    pub(super) async fn fill(self: Arc<Self>, name: &str, mode: FillMode) -> Result<()> {
+        let _name_lock = self.locks.lock(name).await;
+        let mut record = self.record_of(name)?;
+        record.start.fill = mode;
+        self.change_record(record).await?;
         self.with_device(name, |attached| attached.start.set_fill(mode))
     }
 

@@ -227,7 +227,7 @@ async fn recover_one(server: &Arc<Server>, record: DeviceRecord, known: Option<K
     let image = loaded.image;
     let served = Arc::clone(&image);
     let device = blocking(move || Prepared::recover(served, claim.id)?.start()).await?;
-    start.give_window(&record.name, device.path());
+    start.come_back(&record.name, device.path());
     let verity = loaded.verity;
     server.attached.lock().insert(record.name.clone(), Attached { record, device, image, start, verity });
     Ok(true)

@@ -242,7 +242,9 @@ impl Server {
             }
             Request::Warm { name } => self.warm(&name),
             Request::EndWarming { name } => self.end_warming(&name).map(|()| Answer::Done),
-            Request::Fill { name, mode } => self.fill(&name, mode).map(|()| Answer::Done),
+            Request::Fill { name, mode } => {
+                flatten(tokio::spawn(async move { self.fill(&name, mode).await }).await).map(|()| Answer::Done)
+            }
             Request::Cache(request) => cache::serve_here(self, request).await.map(Answer::Cache),
             Request::List => Ok(Answer::Devices(self.attached.lock().values().map(Attached::status).collect())),
             Request::HandOver => flatten(tokio::spawn(self.hand_over()).await).map(|()| Answer::Done),
@@ -345,17 +347,25 @@ impl Server {
 
     async fn mounted(self: Arc<Self>, name: &str, directory: PathBuf) -> Result<()> {
         let _name_lock = self.locks.lock(name).await;
-        let mut record = self.attached.lock().get(name).ok_or_else(|| no_device(name))?.record.clone();
+        let mut record = self.record_of(name)?;
         if record.mounts.contains(&directory) {
             return Ok(());
         }
         record.mounts.push(directory);
-        let (server, written) = (Arc::clone(&self), record.clone());
+        self.change_record(record).await?;
+        self.with_device(name, |attached| attached.image.events().mark(Mark::Mount))
+    }
+
+    /// What is written down of a device.
+    pub(super) fn record_of(&self, name: &str) -> Result<DeviceRecord> {
+        Ok(self.attached.lock().get(name).ok_or_else(|| no_device(name))?.record.clone())
+    }
+
+    /// Writes down another thing of a device, under its name's lock.
+    pub(super) async fn change_record(self: &Arc<Self>, record: DeviceRecord) -> Result<()> {
+        let (server, written) = (Arc::clone(self), record.clone());
         blocking(move || server.records.write(&written)).await?;
-        self.with_device(name, |attached| {
-            attached.image.events().mark(Mark::Mount);
-            attached.record = record;
-        })
+        self.with_device(&record.name.clone(), |attached| attached.record = record)
     }
 
     async fn remove(self: Arc<Self>, name: &str, force: bool) -> Result<()> {

@@ -120,8 +120,14 @@ impl Starting {
         }
     }
 
-    /// Gives a device that has just come, or come back, its read-ahead window.
-    pub(super) fn give_window(&mut self, name: &str, device: &Path) {
+    /// The same for a device that another server had before.
+    pub(super) fn come_back(&mut self, name: &str, device: &Path) {
+        self.give_window(name, device);
+        self.image.set_fill(of_scheduler(self.fill));
+    }
+
+    /// Gives a device its read-ahead window.
+    fn give_window(&mut self, name: &str, device: &Path) {
         let window_kb = self.wanted_read_ahead_kb();
         match set_read_ahead(device, window_kb) {
             Ok(()) => self.read_ahead_kb = window_kb,
