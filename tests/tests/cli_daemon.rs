@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -234,6 +235,45 @@ fn a_takeover_over_fuse_is_refused_and_nothing_changes() {
     assert_eq!(host.devices()[0]["device"], before.1[0]["device"]);
     assert_eq!(std::fs::read(mount.join("etc/added")).unwrap(), b"added\n");
     host.add("sample", &["--name", "another", "--transport", "fuse"]).success();
+    host.end();
+}
+
+/// Numbers of the ublk devices that can be read.
+fn block_devices() -> BTreeSet<u32> {
+    let entries = std::fs::read_dir("/sys/block").unwrap();
+    let number = |name: &str| name.strip_prefix("ublkb").and_then(|number| number.parse().ok());
+    entries.filter_map(|entry| number(entry.unwrap().file_name().to_str().unwrap())).collect()
+}
+
+#[test]
+fn no_device_can_be_read_before_its_record_is_written() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    if !Path::new("/dev/ublk-control").exists() {
+        skip!("this kernel has no ublk");
+    }
+    let host = Host::with_sample();
+    host.add("sample", &[]).success();
+    host.ublkimg(&["rm", "sample-v1"]).success();
+    let (records, away) = (host.root.join("store/devices"), host.root.join("away"));
+    std::fs::rename(&records, &away).unwrap();
+    let (others, over) = (block_devices(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let watching = scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                assert_eq!(block_devices(), others, "a device that no server would know of");
+            }
+        });
+        for _ in 0..3 {
+            host.add("sample", &[]).refused(12, &["devices"]);
+        }
+        over.store(true, Ordering::SeqCst);
+        watching.join().unwrap();
+    });
+    std::fs::rename(&away, &records).unwrap();
+    host.add("sample", &[]).success();
+    assert!(records.join("sample-v1.json").exists());
     host.end();
 }
 
