@@ -12,9 +12,14 @@ export RUSTFLAGS := -Ctarget-feature=+crt-static
 export RUSTDOCFLAGS := -D warnings -A rustdoc::private-intra-doc-links -Ctarget-feature=+crt-static
 export CARGO_TERM_PROGRESS_WHEN := never
 LANES := lanes
-RELEASE := $(dir $(BIN))release/ublkimg
+RELEASE_BIN := $(dir $(BIN))release
+RELEASE := $(RELEASE_BIN)/ublkimg
 # Its name, once it is built.
 PACKAGE = $$(packaging/deb.sh $(RELEASE) target/package)
+
+# What is measured is built as users get it.
+bench bench-ab bench-convert bench-convert-wheels starts starts-vm: PROFILE := --locked --release --target $(TRIPLE)
+bench bench-ab bench-convert bench-convert-wheels starts starts-vm: BIN := $(RELEASE_BIN)
 
 WHEELS := numpy scipy
 
@@ -94,8 +99,9 @@ doc: deps
 	# cli's doc comments are help texts, where [:TAG] is no link
 	cargo doc --workspace --exclude ublkimg --no-deps --document-private-items $(PROFILE)
 
+# Twice as many at a time as there are processors to a small machine: they mostly wait.
 unit: deps
-	cargo test --workspace $(PROFILE)
+	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} cargo test --workspace $(PROFILE)
 
 # From the seeds alone, so it starts the same everywhere.
 fuzz: deps ## fuzzes each target for ten SECONDS, from its seeds

@@ -2,9 +2,9 @@
 # `make test`: everything that must hold, step by step, with the time that each took.
 #   tests/all.sh LANES      LANES: the make target of the lanes, `lanes` or `lanes-full`
 #
-# Tests mostly wait: for links that are slow on purpose, for disks, for time-outs. What only compiles therefore runs beside them, at the
-# lowest priority, and says what it has to say when they have ended. Cargo lets nobody else build while it builds, so that begins when
-# the first test runs. The lanes come last, and end with their count.
+# Tests mostly wait: for links that are slow on purpose, for disks, for time-outs. What only compiles, and the fuzzing, therefore run
+# beside them at the lowest priority, and say what they have to say when the tests have ended. Cargo lets nobody else build while it
+# builds, so that begins when the first test runs. The lanes come last, and end with their count: some of them measure times.
 set -euo pipefail
 lanes=${1:?usage: tests/all.sh LANES}
 logs=$(mktemp -d)
@@ -22,7 +22,7 @@ step() {
 }
 compile() {
   until grep -qs '^ *Running' "$logs/unit"; do sleep 1; done
-  for name in clippy doc fuzz-build; do step "$name"; done
+  for name in clippy doc fuzz-build fuzz; do step "$name"; done
 }
 
 step fmt
@@ -39,5 +39,4 @@ wait "$beside" || rc=$?
 beside=
 cat "$logs/beside"
 ((rc == 0)) || exit "$rc"
-step fuzz
 step "$lanes"

@@ -14,8 +14,8 @@ if [[ ! -e $tree ]]; then
 fi
 # With the flags of this build, in a directory of its own, which the next comparison with this revision uses again.
 triple=$(rustc -vV | sed -n 's/^host: //p')
-env -C "$tree" CARGO_TARGET_DIR="$tree/target" cargo build --locked --profile ci --target "$triple" -p ublkimg
-base=$tree/target/$triple/ci/ublkimg
+env -C "$tree" CARGO_TARGET_DIR="$tree/target" cargo build --locked --release --target "$triple" -p ublkimg
+base=$tree/target/$triple/release/ublkimg
 measure() { # NAME PROGRAM OPTION...
   local name=$1 program=$2
   shift 2

@@ -20,6 +20,14 @@ use tokio_rustls::TlsAcceptor;
 /// A client that was refused gets so long to read why before its connection is dropped.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// How openssl makes a key.
+const NEW_KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+
+/// What `openssl ca` wants to be told, which alone can sign for other times than from now on.
+const SIGNING: &str = "[ca]\ndefault_ca=ours\n[ours]\ndatabase=signed\nnew_certs_dir=.\nserial=serial\npolicy=names\n\
+    default_md=sha256\nunique_subject=no\n[names]\ncommonName=supplied\n[server]\nsubjectAltName=IP:127.0.0.1\n\
+    basicConstraints=critical,CA:FALSE\nextendedKeyUsage=serverAuth\n";
+
 /// Somebody who signs certificates. Its files lie in its directory: `ca.pem`, and what [`Authority::issue`] makes.
 pub struct Authority {
     dir: PathBuf,
@@ -65,12 +73,34 @@ impl Authority {
         Ok((self.dir.join(format!("{name}.pem")), self.dir.join(format!("{name}.key"))))
     }
 
+    /// The same for servers alone, valid from one time to another, each like `20300101000000Z`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Authority::new`].
+    pub fn issue_for_a_time(&self, name: &str, from: &str, to: &str) -> anyhow::Result<(PathBuf, PathBuf)> {
+        let (certificate, key) = (format!("{name}.pem"), format!("{name}.key"));
+        std::fs::write(self.dir.join("signing.conf"), SIGNING)?;
+        std::fs::write(self.dir.join("signed"), "")?;
+        let subject = format!("/CN={name}");
+        self.openssl(&format!("req {NEW_KEY}"), &["-subj", &subject, "-keyout", &key, "-out", "request.pem"])?;
+        let by =
+            "ca -batch -notext -create_serial -config signing.conf -extensions server -cert ca.pem -keyfile ca.key";
+        self.openssl(by, &["-in", "request.pem", "-out", &certificate, "-startdate", from, "-enddate", to])?;
+        Ok((self.dir.join(certificate), self.dir.join(key)))
+    }
+
     fn request(&self, name: &str, more: &[&str]) -> anyhow::Result<()> {
-        let key = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2";
+        let (subject, key, certificate) = (format!("/CN={name}"), format!("{name}.key"), format!("{name}.pem"));
+        let mut words = vec!["-subj", &subject, "-keyout", &key, "-out", &certificate];
+        words.extend(more);
+        self.openssl(&format!("req -x509 -days 2 {NEW_KEY}"), &words)
+    }
+
+    fn openssl(&self, command: &str, words: &[&str]) -> anyhow::Result<()> {
         let output = Command::new("openssl")
-            .args(key.split(' '))
-            .args(["-subj", &format!("/CN={name}"), "-keyout", &format!("{name}.key"), "-out", &format!("{name}.pem")])
-            .args(more)
+            .args(command.split(' '))
+            .args(words)
             .current_dir(&self.dir)
             .stdin(Stdio::null())
             .output()

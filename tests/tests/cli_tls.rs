@@ -92,6 +92,25 @@ fn an_authority_of_hosts_toml_is_believed_and_nobody_else() {
 }
 
 #[test]
+fn a_certificate_of_another_time_is_refused_and_says_so() {
+    if !Authority::is_possible() {
+        skip!("there is no openssl");
+    }
+    let mut fixture = Fixture::new(false);
+    for (from, to, said) in [
+        ("20200101000000Z", "20210101000000Z", "has expired; it needs a new one"),
+        ("20980101000000Z", "20990101000000Z", "is not valid yet; set this host's clock"),
+    ] {
+        let certificate = fixture.ours.issue_for_a_time("of-another-time", from, to).unwrap();
+        fixture.front = TlsFront::start(fixture.host.registry.addr(), &certificate, None).unwrap();
+        fixture.hosts(&fixture.ca(&fixture.ours));
+        let refused = fixture.inspect();
+        refused.refused(7, &[&fixture.front.addr().to_string(), said]);
+        assert!(!refused.stderr.contains("gave up after"), "tried once: {}", refused.stderr);
+    }
+}
+
+#[test]
 fn a_registry_that_wants_a_client_certificate_is_shown_that_of_hosts_toml() {
     if !Authority::is_possible() {
         skip!("there is no openssl");
