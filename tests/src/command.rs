@@ -52,6 +52,13 @@ pub fn ublkimg(root: &Path) -> Invocation {
     Invocation { command: isolated(Command::new(ublkimg_path()), root), timeout: TIMEOUT }
 }
 
+/// A line of shell with the same; `ublkimg` in it is what PATH finds.
+pub fn shell(root: &Path, line: &str) -> Invocation {
+    let mut shell = Command::new("sh");
+    shell.arg("-ec").arg(line);
+    Invocation { command: isolated(shell, root), timeout: TIMEOUT }
+}
+
 /// Such a command, that may run `ublkimg` in its turn.
 pub(crate) fn isolated(mut command: Command, root: &Path) -> Command {
     for (name, _) in std::env::vars_os() {

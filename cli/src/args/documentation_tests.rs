@@ -1,7 +1,7 @@
 //! What the documentation says to type is what the program takes: every `ublkimg ...` of its pages is parsed here.
 //!
 //! In a code block a command must be complete; between backquotes in a sentence it may be only its beginning. That the commands also
-//! do what the pages say is for the tests that the pages name.
+//! work is for `tests/tests/cli_documentation.rs`, and for the tests that the pages name.
 
 use clap::Parser;
 use clap::error::ErrorKind;
