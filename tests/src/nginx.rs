@@ -12,6 +12,9 @@ use crate::http::Connection;
 /// The page with the configuration.
 const PAGE: &str = include_str!("../../docs/mirrors.md");
 
+/// How long it remembers whom the registry lets in; shorter than on the page, which a test would have to wait for.
+pub const ACCESS_VALID: Duration = Duration::from_secs(1);
+
 /// It takes about 20 ms on an idle machine.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -107,6 +110,7 @@ fn configuration(dir: &Path, registry: SocketAddr, address: SocketAddr, inner: S
         ("registry.example", registry.to_string()),
         ("listen 5000;", format!("listen {address};")),
         ("127.0.0.1:5001", inner.to_string()),
+        ("200 10s;", format!("200 {}s;", ACCESS_VALID.as_secs())),
         ("/var/cache/nginx/images", dir.join("images").display().to_string()),
     ];
     for (of_page, of_test) in places {

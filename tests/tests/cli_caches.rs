@@ -4,12 +4,13 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ublkimg_tests::command::ublkimg;
 use ublkimg_tests::docker_registry::DockerRegistry;
 use ublkimg_tests::host::{self, Host};
 use ublkimg_tests::http::Connection;
-use ublkimg_tests::nginx::Nginx;
+use ublkimg_tests::nginx::{ACCESS_VALID, Nginx};
 use ublkimg_tests::registry::{Auth, Config, Credentials, Fault, TestRegistry, Toxic};
 use ublkimg_tests::sample_image::SampleImage;
 use ublkimg_tests::skip;
@@ -61,15 +62,8 @@ fn start_on(clients: &[PathBuf], reference: &str) {
     }
 }
 
-#[test]
-fn hosts_that_start_at_once_behind_an_empty_nginx_cost_the_registry_one_start() {
-    if let Some(reason) = host::lacking() {
-        skip!("{reason}");
-    }
-    if !Nginx::is_installed() {
-        skip!("there is no nginx");
-    }
-    // As large registries are: a token for everybody, and blobs that lie somewhere else.
+/// A registry as large ones are: a token for everybody, and blobs that lie somewhere else.
+fn registry_and_storage() -> (Host, TestRegistry) {
     let credentials = Credentials::new("user", "secret");
     let host = Host::new(Auth::Bearer { credentials, anonymous_pull: true, token_lifetime_s: 300 });
     SampleImage::default().write_layout(&host.root.join("source"), "v1").unwrap();
@@ -78,7 +72,18 @@ fn hosts_that_start_at_once_behind_an_empty_nginx_cost_the_registry_one_start() 
     storage.load_layout(&host.root.join("converted/sample"), Some("v1"), "sample", "v1").unwrap();
     let elsewhere = Toxic::Redirect { to: format!("http://{}", storage.addr()) };
     host.registry.set_fault("storage", Fault::new("*/blobs/*", elsewhere));
+    (host, storage)
+}
 
+#[test]
+fn hosts_that_start_at_once_behind_an_empty_nginx_cost_the_registry_one_start() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    if !Nginx::is_installed() {
+        skip!("there is no nginx");
+    }
+    let (host, storage) = registry_and_storage();
     let reference = host.registry.reference("sample", "v1");
     let sent_to = |clients: &[PathBuf]| {
         host.registry.reset_stats();
@@ -97,6 +102,34 @@ fn hosts_that_start_at_once_behind_an_empty_nginx_cost_the_registry_one_start() 
     let all = sent_to(&clients);
     println!("bytes of registry and storage: {one} for one client, {all} for {CLIENTS}, each behind an empty nginx");
     assert!(all * 100 <= one * 115, "{all} of {one}");
+}
+
+#[test]
+fn a_host_behind_an_nginx_that_has_the_image_reads_on_without_the_registry() {
+    if let Some(reason) = host::lacking() {
+        skip!("{reason}");
+    }
+    if !Nginx::is_installed() {
+        skip!("there is no nginx");
+    }
+    let (host, storage) = registry_and_storage();
+    let reference = host.registry.reference("sample", "v1");
+    let cache = Nginx::start_cache(&host.root.join("cache"), host.registry.addr()).unwrap();
+    let [first, second] = ["first", "second"].map(|name| client(&host, name, cache.addr()));
+    start_on(&[first], &reference);
+    let mount = second.join("mnt");
+    let words = ["add", &reference, "--profile", "none", "--io-timeout", "10s", "--mount"];
+    ublkimg(&second).args(words).arg(&mount).run().success();
+    for registry in [&host.registry, &storage] {
+        registry.set_fault("away", Fault::new("*", Toxic::Status { code: 503 }));
+        registry.reset_stats();
+    }
+    // Longer than a yes is remembered; nginx counts in whole seconds.
+    std::thread::sleep(ACCESS_VALID + Duration::from_millis(1200));
+    assert!(read_all(&mount) > 5_000_000);
+    assert!(host.registry.stats().requests_of("ping") > 0, "it was asked again: {:?}", host.registry.stats().requests);
+    ublkimg(&second).args(["rm"]).arg(&mount).run().success();
+    ublkimg(&second).args(["daemon", "--stop"]).run().success();
 }
 
 /// Reads the blobs of an image whole through a cache, until it answers without asking the registry.
