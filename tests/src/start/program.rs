@@ -94,7 +94,8 @@ impl Ublkimg {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    fn command(&self) -> Command {
+    /// It, to be given arguments.
+    pub fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.arg("--root").arg(&self.root).arg("--run-dir").arg(&self.run_dir);
         command

@@ -6,6 +6,7 @@ mod attach;
 mod cold;
 mod devices;
 mod hits;
+mod hooks;
 mod inputs;
 mod machine;
 mod pending;
@@ -34,6 +35,8 @@ enum Group {
     Large,
     /// By digest and by tag
     Attach,
+    /// What hooks cost a container
+    Hooks,
     /// 64 of them
     Devices,
 }
@@ -49,7 +52,7 @@ impl Group {
 #[derive(Debug, Parser)]
 struct Arguments {
     /// What to measure
-    #[arg(value_enum, default_values = ["hits", "pending", "small", "large", "attach", "devices"])]
+    #[arg(value_enum, default_values = ["hits", "pending", "small", "large", "attach", "hooks", "devices"])]
     groups: Vec<Group>,
     /// Rounds of each measurement
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..))]
@@ -121,6 +124,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             Group::Small => cold::small(&machine, &options),
             Group::Large => cold::sequential(&machine, &options),
             Group::Attach => attach::measure(&machine, &options),
+            Group::Hooks => hooks::measure(&machine, &options),
             Group::Devices => devices::measure(&machine, &options),
         };
         let measured = measured.with_context(|| format!("{group:?} failed"))?;
