@@ -2,24 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, bail};
-
-use crate::http::Connection;
-
-/// It takes about 50 ms on an idle machine.
-const START_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// A port that somebody else took between choosing and listening is a reason to choose another.
-const ATTEMPTS: u32 = 5;
+use crate::foreign_server::ForeignServer;
 
 /// A running `docker-registry`; ends when dropped.
-pub struct DockerRegistry {
-    process: Child,
-    address: SocketAddr,
-}
+pub struct DockerRegistry(ForeignServer);
 
 impl DockerRegistry {
     /// Whether the program is installed.
@@ -46,63 +34,31 @@ impl DockerRegistry {
     }
 
     fn start_with(dir: &Path, more: &str) -> anyhow::Result<Self> {
-        let mut outcome = Self::start_once(dir, more);
-        for _ in 1..ATTEMPTS {
-            if outcome.is_ok() {
-                break;
-            }
-            outcome = Self::start_once(dir, more);
-        }
-        outcome
-    }
-
-    fn start_once(dir: &Path, more: &str) -> anyhow::Result<Self> {
-        let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-        let config = dir.join("docker-registry.yml");
-        let data = dir.join("docker-registry");
-        std::fs::write(
-            &config,
-            format!(
-                "version: 0.1\nlog: {{level: warn}}\nhttp: {{addr: '{address}'}}\n\
-                 storage: {{filesystem: {{rootdirectory: '{}'}}, delete: {{enabled: true}}}}\n{more}",
-                data.display()
-            ),
-        )?;
-        let log = std::fs::File::create(dir.join("docker-registry.log"))?;
-        let process = Command::new("docker-registry")
-            .arg("serve")
-            .arg(&config)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("docker-registry")?;
-        let mut registry = Self { process, address };
-        let deadline = Instant::now() + START_TIMEOUT;
-        while Connection::open(address).and_then(|mut client| client.get("/v2/")).is_err() {
-            if Instant::now() > deadline || registry.process.try_wait()?.is_some() {
-                bail!("docker-registry does not answer on {address}");
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Ok(registry)
+        let (config, log) = (dir.join("docker-registry.yml"), dir.join("docker-registry.log"));
+        let command = |address| {
+            std::fs::write(
+                &config,
+                format!(
+                    "version: 0.1\nlog: {{level: warn}}\nhttp: {{addr: '{address}'}}\n\
+                     storage: {{filesystem: {{rootdirectory: '{}'}}, delete: {{enabled: true}}}}\n{more}",
+                    dir.join("docker-registry").display()
+                ),
+            )?;
+            let log = std::fs::File::create(&log)?;
+            let mut command = Command::new("docker-registry");
+            command.arg("serve").arg(&config).stdout(log.try_clone()?).stderr(log);
+            Ok(command)
+        };
+        ForeignServer::start(command, &log).map(Self)
     }
 
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
-        self.address
+        self.0.addr()
     }
 
     /// `ADDR/REPOSITORY:TAG`.
     pub fn reference(&self, repository: &str, tag: &str) -> String {
-        format!("{}/{repository}:{tag}", self.address)
-    }
-}
-
-impl Drop for DockerRegistry {
-    fn drop(&mut self) {
-        // Fails only when it has ended already.
-        drop(self.process.kill());
-        drop(self.process.wait());
+        format!("{}/{repository}:{tag}", self.addr())
     }
 }

@@ -7,6 +7,7 @@ pub mod compare;
 pub mod docker_registry;
 pub mod expected_tree;
 pub mod fault_row;
+mod foreign_server;
 pub mod host;
 pub mod http;
 pub mod leaks;
