@@ -19,14 +19,24 @@ mod svg;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let done = config::arguments().map_err(anyhow::Error::from).and_then(|arguments| {
-        log::start(&arguments.global);
-        commands::run(arguments)
-    });
-    match done {
+    let failed = |error: &anyhow::Error| eprintln!("ublkimg: {}", exit::one_line(error));
+    let arguments = match config::arguments().map_err(anyhow::Error::from) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            failed(&error);
+            let words: Vec<String> = std::env::args().skip(1).collect();
+            return if words.iter().any(|word| word == "hook") {
+                commands::hook::could_not_begin(&error, &words)
+            } else {
+                exit::code(&error)
+            };
+        }
+    };
+    log::start(&arguments.global);
+    match commands::run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ublkimg: {}", exit::one_line(&error));
+            failed(&error);
             exit::code(&error)
         }
     }

@@ -10,6 +10,9 @@ use ublkimg_tests::command::ublkimg_path;
 use ublkimg_tests::host::{Host, wait_until};
 use ublkimg_tests::skip;
 
+/// Phases that mount images.
+const PHASES: [&str; 2] = ["prestart", "createRuntime"];
+
 /// The runtimes that are here.
 fn runtimes() -> Vec<&'static str> {
     let is_there = |name: &&str| Command::new(name).arg("--version").stdout(Stdio::null()).status().is_ok();
@@ -351,11 +354,99 @@ fn hooks_of_others_cost_nothing() {
     assert_eq!((code, said.lines().count()), (Some(2), 1), "{said}");
     let (code, _) = call("poststop", "no state");
     assert_eq!(code, Some(0), "poststop never fails");
+    // Nor where the host's configuration is broken.
+    let broken = host.root.file("broken.toml", "odd = 1").unwrap();
+    let with_it = |phase: &str| call_hook(&host, &[phase, "--config", broken.to_str().unwrap()], &state);
+    let said = with_it("poststop");
+    assert_eq!((said.0, said.1.lines().count()), (Some(0), 1), "{}", said.1);
+    assert_eq!(with_it("createRuntime").0, Some(2));
     // A root that is not attached is an error before the container is made.
     let state = state.replace("\"bundle\"", "\"annotations\": {\"dev.ublkimg.root\": \"web\"}, \"bundle\"");
     let (code, said) = call("createRuntime", &state);
     assert_eq!((code, said.lines().count()), (Some(3), 1), "{said}");
     assert!(!host.root.join("run/leases/web/c1").exists());
+}
+
+/// A configuration with hooks for `phase`, which then also has them for `createContainer`.
+fn with_both(config: &str, phase: &str) -> String {
+    let mut config: Value = serde_json::from_str(config).unwrap();
+    let hooks: Value = config["hooks"][phase].clone();
+    let looking = hooks.to_string().replace(&format!("\"{phase}\""), "\"createContainer\"");
+    config["hooks"]["createContainer"] = serde_json::from_str(&looking).unwrap();
+    config.to_string()
+}
+
+#[test]
+fn each_phase_before_the_start_mounts_an_image() {
+    let host = match Host::with_shell() {
+        Ok(host) => host,
+        Err(reason) => skip!("{reason}"),
+    };
+    let models = format!("/models={}", host.registry.reference("shell", "v1"));
+    for (program, phase) in runtimes().into_iter().flat_map(|program| PHASES.map(|phase| (program, phase))) {
+        let script = "cat /models/data | busybox wc -c > /ready; exec sleep 300";
+        let directory = bundle(&host, "one", &["--mount-image", &models], &["/bin/sh", "-c", script]);
+        let config = directory.join("config.json");
+        let written = std::fs::read_to_string(&config).unwrap();
+        // The phase that looks must find it; without another it stops the container.
+        let with = |phase: &str| written.replace("\"createRuntime\"", &format!("\"{phase}\""));
+        std::fs::write(&config, with("createContainer")).unwrap();
+        let output = run(&host, program, &directory, "c0");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(!output.status.success(), "{program}: {said}");
+        // crun does not say what a hook said.
+        assert!(["exit status 3,", "exit code: 3)"].iter().any(|code| said.contains(code)), "{program}: {said}");
+        std::fs::write(&config, with_both(&with(phase), phase)).unwrap();
+        let mut container = start(&host, program, &directory, "c1");
+        let ready = directory.join("rootfs/ready");
+        wait_until(&format!("{program}, {phase}: the container runs"), || {
+            assert!(container.try_wait().unwrap().is_none(), "{program}, {phase}: no container");
+            std::fs::read_to_string(&ready).is_ok_and(|size| size == "1048576\n")
+        });
+        let state = runtime(&host, program).args(["state", "c1"]).output().unwrap().stdout;
+        let state: Value = serde_json::from_slice(&state).unwrap();
+        let devices = host.devices();
+        let name = devices.iter().find_map(|device| device["name"].as_str().filter(|name| name.starts_with("hook-")));
+        let lease = std::fs::read(host.root.join("run/leases").join(name.unwrap()).join("c1")).unwrap();
+        let lease: Value = serde_json::from_slice(&lease).unwrap();
+        assert_eq!(lease["pid"], state["pid"], "{program}, {phase}: it ends with the container");
+        assert!(runtime(&host, program).args(["kill", "c1", "KILL"]).status().unwrap().success());
+        container.wait().unwrap();
+        assert_eq!(host.devices().len(), 1, "{program}, {phase}: the hook's device went with the container");
+        host.ublkimg(&["rm", "one"]).success();
+    }
+    host.end();
+}
+
+#[test]
+fn a_hook_that_is_called_again_changes_nothing() {
+    let host = match Host::with_shell() {
+        Ok(host) => host,
+        Err(reason) => skip!("{reason}"),
+    };
+    host.root.dir("rootfs/models").unwrap();
+    host.root.file("config.json", r#"{"root": {"path": "rootfs"}}"#).unwrap();
+    let mut container = Command::new("unshare").args(["--mount", "sleep", "600"]).spawn().unwrap();
+    let namespace = |of: &str| std::fs::read_link(format!("/proc/{of}/ns/mnt")).unwrap();
+    wait_until("it has a mount namespace", || namespace(&container.id().to_string()) != namespace("self"));
+    let state = serde_json::json!({
+        "ociVersion": "1.0.2", "id": "c1", "pid": container.id(), "bundle": host.root.path(),
+        "annotations": {"dev.ublkimg.mount./models": host.registry.reference("shell", "v1")},
+    })
+    .to_string();
+    for phase in ["prestart", "createRuntime", "createRuntime"] {
+        let (code, said) = call_hook(&host, &[phase], &state);
+        assert_eq!(code, Some(0), "{phase}: {said}");
+    }
+    let mounts = std::fs::read_to_string(format!("/proc/{}/mountinfo", container.id())).unwrap();
+    assert_eq!(mounts.lines().filter(|line| line.contains("/rootfs/models ")).count(), 1, "{mounts}");
+    container.kill().unwrap();
+    container.wait().unwrap();
+    for _ in 0..2 {
+        assert_eq!(call_hook(&host, &["poststop"], &state), (Some(0), String::new()));
+    }
+    assert_eq!(host.devices(), Vec::<Value>::new());
+    host.end();
 }
 
 #[test]

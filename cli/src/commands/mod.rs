@@ -13,7 +13,7 @@ mod doctor;
 mod events;
 mod export;
 mod fill;
-mod hook;
+pub(crate) mod hook;
 mod image_config;
 mod inspect;
 mod local;

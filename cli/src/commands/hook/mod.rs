@@ -3,7 +3,7 @@
 //! | phase | what happens |
 //! |---|---|
 //! | prestart, createRuntime | the images of the annotations are attached, leased, and mounted in the container |
-//! | createContainer | the same, already in the container's mount namespace |
+//! | createContainer | they must be there: a runtime calls it inside the container's control group, which lets nobody open a device |
 //! | poststart | the root's device counts as ready, if an annotation says so |
 //! | poststop | leases are given back; devices that were attached for containers go with the last of them |
 //!
@@ -17,7 +17,9 @@
 mod journal;
 mod state;
 
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use ublkimg_driver::daemon::protocol::{AddRequest, DeviceStatus, FillMode, Request, StartOptions};
@@ -30,11 +32,11 @@ use ublkimg_registry::usual_credential_files;
 pub(super) use self::state::{MOUNT_PREFIX, POSTSTOP, REMOVE, ROOT};
 
 use self::state::State;
-use super::{add, mount_helper, rm, status};
+use super::{add, mount_helper, mount_into, rm, status};
 use crate::args::Global;
 use crate::args::hook::Hook;
 use crate::lease::{Leases, Process};
-use crate::output;
+use crate::{exit, output};
 
 /// How long the daemon may take for something small.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -48,9 +50,19 @@ pub(super) fn run(global: &Global, command: &Hook) -> anyhow::Result<()> {
         journal::error(&format!("hook {}: {error:#}", command.phase));
     }
     match command.phase.as_str() {
-        "poststop" => Ok(()),
+        POSTSTOP => Ok(()),
         _ => done,
     }
+}
+
+/// What becomes of a call for which not even the configuration can be read: the same as of any other.
+pub(crate) fn could_not_begin(error: &anyhow::Error, words: &[String]) -> ExitCode {
+    journal::error(&format!("{}: {error:#}", words.join(" ")));
+    // A runtime that cannot hand over the state may take that for a hook that failed.
+    if !std::io::stdin().is_terminal() {
+        let _ = State::read(std::io::stdin().lock());
+    }
+    if words.iter().any(|word| word == POSTSTOP) { ExitCode::SUCCESS } else { exit::code(error) }
 }
 
 /// The phase, on a thread of its own: it may wait for a lock or a file system that hangs, and the process ends without it.
@@ -73,8 +85,8 @@ fn phase(global: &Global, command: &Hook) -> anyhow::Result<()> {
         return hook.tell();
     }
     match command.phase.as_str() {
-        "prestart" | "createRuntime" => hook.prepare(hook.state.pid),
-        "createContainer" => hook.prepare(None),
+        "prestart" | "createRuntime" => hook.prepare(),
+        "createContainer" => hook.look(),
         "poststart" => hook.started(),
         "poststop" => hook.stopped(),
         _ => Ok(()),
@@ -94,7 +106,7 @@ impl Call<'_> {
     fn tell(&self) -> anyhow::Result<()> {
         let root = self.state.root_device();
         match self.command.phase.as_str() {
-            "prestart" | "createRuntime" | "createContainer" => {
+            "prestart" | "createRuntime" => {
                 if let Some(name) = root {
                     output::line(&format!("lease {name} for {}", self.state.id))?;
                 }
@@ -125,8 +137,8 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// `pid` is in the container's mount namespace, unless this process is.
-    fn prepare(&self, pid: Option<u32>) -> anyhow::Result<()> {
+    /// From outside the container.
+    fn prepare(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + self.command.timeout;
         if let Some(name) = self.state.root_device() {
             status::find(&self.directories, name)?;
@@ -140,7 +152,27 @@ impl Call<'_> {
         }
         let rootfs = self.state.rootfs()?;
         for (path, reference) in mounts {
-            self.mount(path, reference, &rootfs, pid, deadline)?;
+            self.mount(path, reference, &rootfs, deadline)?;
+        }
+        Ok(())
+    }
+
+    /// From inside the container's mount namespace, and its control group, which lets nobody open a device: what an earlier phase
+    /// mounted must be there.
+    fn look(&self) -> anyhow::Result<()> {
+        let mounts = self.state.mounts();
+        if mounts.is_empty() {
+            return Ok(());
+        }
+        let rootfs = self.state.rootfs()?;
+        for (path, reference) in mounts {
+            if !mount_into::is_mount(&rootfs, path)? {
+                let text = format!(
+                    "{reference} is not mounted at {path} in the container: that is for the phase createRuntime, which this \
+                     container's hooks lack"
+                );
+                return Err(Error::new(ErrorKind::NotFound, text).into());
+            }
         }
         Ok(())
     }
@@ -152,14 +184,7 @@ impl Call<'_> {
         Ok(Process::of(pid).ok_or_else(gone)?)
     }
 
-    fn mount(
-        &self,
-        path: &str,
-        reference: &str,
-        rootfs: &std::path::Path,
-        pid: Option<u32>,
-        deadline: Instant,
-    ) -> anyhow::Result<()> {
+    fn mount(&self, path: &str, reference: &str, rootfs: &std::path::Path, deadline: Instant) -> anyhow::Result<()> {
         let request = self.request(reference)?;
         // The same image at two paths, or in two containers, is one device.
         let name = request.name.clone().unwrap_or_default();
@@ -172,7 +197,7 @@ impl Call<'_> {
         leases.take(&self.state.id, self.process()?)?;
         let left = deadline.saturating_duration_since(Instant::now());
         let (source, root) = (place.display().to_string(), rootfs.display().to_string());
-        let pid = pid.map(|pid| format!("--pid={pid}"));
+        let pid = self.state.pid.map(|pid| format!("--pid={pid}"));
         let words = ["mount-into"].into_iter().chain(pid.as_deref()).chain(["--", &source, &root, path]);
         mount_helper::run_own(words, &format!("mounting {reference} at {path} in the container"), left)
     }
