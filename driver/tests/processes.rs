@@ -107,7 +107,13 @@ fn half_way(arguments: &[String]) {
 fn daemon(arguments: &[String]) {
     let directory = Path::new(&arguments[0]);
     let directories = Directories { root: directory.join("root"), run: directory.join("run") };
-    run_server(ServerOptions { directories, limits: Limits::default(), takes_over: false }).unwrap();
+    run_server(ServerOptions {
+        directories,
+        limits: Limits::default(),
+        recovery_timeout: Duration::from_secs(60),
+        takes_over: false,
+    })
+    .unwrap();
 }
 
 /// This program in another role.
