@@ -216,7 +216,9 @@ mod tests {
     #[test]
     fn all_keys_are_documented_and_nothing_else() {
         let page = include_str!("../../docs/configuration.md");
-        let rows = page.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+        let (_, table) = page.split_once("\n| key and option |").unwrap();
+        let (table, _) = table.split_once("\n\n").unwrap();
+        let rows = table.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
         let documented: BTreeMap<_, _> = rows.collect();
         let known = keys(&Arguments::command());
         assert_eq!(documented.keys().collect::<Vec<_>>(), known.keys().collect::<Vec<_>>());
