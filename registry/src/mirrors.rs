@@ -2,8 +2,9 @@
 //!
 //! A mirror gets one attempt, and whatever it answers instead of the bytes, the next one is asked at once; only the registry
 //! itself is worth waiting for. A mirror that lacks a blob is not asked for that blob again, one that failed is not asked for
-//! anything, for a minute. Nor is any mirror asked for a blob of which wrong bytes came: nobody knows who sent them. What is written, and what is read in order to be written, goes to the registry alone: a mirror may
-//! be behind. Each place has credentials and connections of its own; nothing of one is shown to another.
+//! anything, for a minute. Nor is any mirror asked for a blob of which wrong bytes came: nobody knows who sent them. What is
+//! written, and what is read in order to be written, goes to the registry alone: a mirror may be behind. Each place has
+//! credentials and connections of its own; nothing of one is shown to another.
 
 use std::collections::HashMap;
 use std::ops::Range;
