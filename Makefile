@@ -128,7 +128,7 @@ broken: deps ## breaks the program on purpose in a copy, and shows that the test
 kills: programs ## kills the daemon N times under load, in a guest; `make lanes` does twenty
 	@tests/vm/long.sh kills.sh $(BIN) $(N) $$((300 + 5 * $(N)))
 
-soak: programs ## adds, removes, kills, outages and evictions at once for MINUTES, in a guest; `make lanes` does half of one
+soak: programs ## adds, removes, kills, outages and evictions at once for MINUTES, in a guest; `make lanes` does five
 	@tests/vm/long.sh soak.sh $(BIN) $$((60 * $(MINUTES))) $$((300 + 60 * $(MINUTES)))
 
 guest-tests: programs

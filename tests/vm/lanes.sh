@@ -79,22 +79,22 @@ prepare() {
 # --- a full kernel: the host's own, or User-Mode Linux
 if [[ -e /dev/ublk-control && $EUID == 0 ]]; then
   where=host
-  run_full() { # SCRIPT SECONDS IMAGES TAG : in a mount namespace of its own
+  run_full() { # SCRIPT SECONDS IMAGES TAG MORE... : in a mount namespace of its own
     timeout --kill-after=10 "$2" unshare --mount --propagation private sh "$here/lanes/$1" "$bin" "${@:3}"
   }
 else
   where=uml
   run_full() {
-    "$here/run-uml.sh" "$here/lanes/$1" --mem 3G --timeout "$2" -- "/mnt/host$bin" "/mnt/host$3" "$4"
+    "$here/run-uml.sh" "$here/lanes/$1" --mem 3G --timeout "$2" -- "/mnt/host$bin" "/mnt/host$3" "${@:4}"
   }
 fi
-full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-giveup" "$where-takeover" "$where-service" "$where-rights" "$where-corrupt" "$where-latency" "$where-profile" "$where-verity" "$where-soak" "$where-kills")
+full_lanes=("$where-tree" "$where-shared" "$where-restart" "$where-giveup" "$where-takeover" "$where-service" "$where-rights" "$where-corrupt" "$where-latency" "$where-profile" "$where-verity" "$where-kills")
 [[ -z $full ]] || full_lanes+=("$where-devices")
 # The workspace's own tests of devices. On a host with ublk cargo has run them already.
 test_lanes=()
 [[ $where == host ]] || test_lanes=(uml-test-ublk uml-test-processes uml-test-cli_add uml-test-cli_daemon uml-test-cli_cache uml-test-cli_bundle uml-test-cli_runtime uml-test-cli_warm)
 if [[ $where == uml ]] && ! kernel=$("$here/run-uml.sh" --find-kernel 2>&1); then
-  for name in "${test_lanes[@]}" "${full_lanes[@]}" uml-demo-image; do
+  for name in "${test_lanes[@]}" "${full_lanes[@]}" uml-soak uml-demo-image; do
     ! is_wanted "$name" || report SKIP "$name:" "${kernel#run-uml.sh: }"
   done
   test_lanes=() full_lanes=()
@@ -130,7 +130,7 @@ stock_lanes() {
 }
 
 have_images=''
-if prepare images "${full_lanes[@]}" qemu-6.12 qemu-7.2; then have_images=1; else full_lanes=(); fi
+if prepare images "${full_lanes[@]}" "$where-soak" qemu-6.12 qemu-7.2; then have_images=1; else full_lanes=(); fi
 demo_lanes=()
 ((${#full_lanes[@]} == 0)) || demo_lanes+=("$where-demo-image")
 [[ -z $full ]] || demo_lanes+=(qemu-6.12-demo-image qemu-7.2-demo-image)
@@ -138,10 +138,24 @@ have_demo_image=''
 for name in "${demo_lanes[@]}"; do ! is_wanted "$name" || have_demo_image=wanted; done
 [[ -z $have_demo_image ]] || prepare demo_image "${demo_lanes[@]}" || have_demo_image=
 
+# Five minutes: for those who do not watch, long enough for a leak to show.
+soak_lane() {
+  ! is_wanted "$where-soak" || lane "$where-soak" run_full soak.sh 480 "$images" one 300
+}
+
 # An emulated machine keeps one processor busy for minutes, and so does a User-Mode-Linux guest: beside each other. Its lines come last.
+# The longest guest comes after the emulated machines, on the processor that other guests do not take (run-uml.sh pins them to the last);
+# a host's own lanes cannot be beside each other, since they look for what others left.
+beside_lanes() {
+  stock_lanes
+  if [[ $where == uml ]] && ((${#full_lanes[@]})); then
+    taskset -cp "$(taskset -cp $BASHPID | grep -oE '[0-9]+' | sed -n 2p)" $BASHPID >/dev/null
+    soak_lane
+  fi
+}
 stock_log=$logs/stock stock_pid=
 if [[ -n $have_images ]]; then
-  stock_lanes >"$stock_log" &
+  beside_lanes >"$stock_log" &
   stock_pid=$!
 fi
 
@@ -158,6 +172,7 @@ done
 for name in "${full_lanes[@]}"; do
   ! is_wanted "$name" || lane "$name" run_full "${name#"$where-"}.sh" 180 "$images" one
 done
+[[ -z $have_images || $where == uml ]] || soak_lane
 if ((${#full_lanes[@]})) && [[ -n $have_demo_image ]] && is_wanted "$where-demo-image"; then
   lane "$where-demo-image" run_full tree.sh 300 "$demo_images" demo
 fi
