@@ -19,11 +19,11 @@ cargo test --workspace --lib --tests "$@" -- --nocapture "${tests[@]}" >"$work/t
   { tail -n 60 "$work/tests"; echo 'faults.sh: a test failed' >&2; exit 1; }
 grep SKIP "$work/tests" || true
 
-# On a host with ublk the lanes run right there, and cargo has run the tests of processes.
+# On a host with ublk the lanes run right there, and cargo has run the tests that need it.
 where=uml
 [[ ! -e /dev/ublk-control ]] || where=host
 names=("${lanes[@]/#/$where-}")
-[[ $where == host ]] || names+=(uml-test-processes)
+[[ $where == host ]] || names+=(uml-test-processes uml-test-cli_daemon)
 "$here/vm/lanes.sh" --bin "$bin" "${names[@]}"
 logs=("${names[@]/#/$here/../target/vm/logs/}")
 
