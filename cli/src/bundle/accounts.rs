@@ -1,6 +1,7 @@
 //! The accounts of an image: names of users and groups as numbers. The files are the image's: bounded, and never followed
 //! out of it.
 
+use std::io::Read as _;
 use std::path::Path;
 
 use ublkimg_driver::error::{Error, ErrorKind};
@@ -33,25 +34,31 @@ pub(crate) fn user(text: &str, rootfs: &Path) -> anyhow::Result<User> {
     let (uid, own_gid) = match user.parse::<u32>() {
         _ if user.is_empty() => (0, 0),
         Ok(uid) => (uid, 0),
-        Err(_) => account(&rootfs.join("etc/passwd"), user).ok_or_else(|| unknown("user"))?,
+        Err(_) => account(rootfs, user).ok_or_else(|| unknown("user"))?,
     };
-    let groups = rootfs.join("etc/group");
     match group {
-        None => Ok(User { uid, gid: own_gid, more_gids: groups_of(&groups, user) }),
+        None => Ok(User { uid, gid: own_gid, more_gids: groups_of(rootfs, user) }),
         Some(group) => {
-            let gid = group.parse().ok().or_else(|| group_number(&groups, group));
+            let gid = group.parse().ok().or_else(|| group_number(rootfs, group));
             Ok(User { uid, gid: gid.ok_or_else(|| unknown("group"))?, more_gids: Vec::new() })
         }
     }
 }
 
-fn read(file: &Path) -> Option<String> {
-    // Not through a link: it is the image's, and may lead out of it.
-    let metadata = std::fs::symlink_metadata(file).ok()?;
+/// A file of the image: links in it lead nowhere out of it.
+fn read(rootfs: &Path, file: &str) -> Option<String> {
+    use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+    // A pipe is not waited for.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let root =
+        rustix::fs::openat(CWD, rootfs, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let file = rustix::fs::openat2(&root, file, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
+    let file = std::fs::File::from(file);
+    let metadata = file.metadata().ok()?;
     if !metadata.is_file() || metadata.len() > ACCOUNTS_BYTES_MAX {
         return None;
     }
-    std::fs::read_to_string(file).ok()
+    std::io::read_to_string(file.take(ACCOUNTS_BYTES_MAX)).ok()
 }
 
 /// The fields of the line of `name` in an account file.
@@ -60,21 +67,21 @@ fn fields<'a>(text: &'a str, name: &str) -> Option<Vec<&'a str>> {
     Some(line.split(':').collect())
 }
 
-fn account(file: &Path, name: &str) -> Option<(u32, u32)> {
-    let text = read(file)?;
+fn account(rootfs: &Path, name: &str) -> Option<(u32, u32)> {
+    let text = read(rootfs, "etc/passwd")?;
     let fields = fields(&text, name)?;
     Some((fields.get(2)?.parse().ok()?, fields.get(3)?.parse().ok()?))
 }
 
-fn group_number(file: &Path, name: &str) -> Option<u32> {
-    fields(&read(file)?, name)?.get(2)?.parse().ok()
+fn group_number(rootfs: &Path, name: &str) -> Option<u32> {
+    fields(&read(rootfs, "etc/group")?, name)?.get(2)?.parse().ok()
 }
 
-fn groups_of(file: &Path, name: &str) -> Vec<u32> {
+fn groups_of(rootfs: &Path, name: &str) -> Vec<u32> {
     if name.is_empty() {
         return Vec::new();
     }
-    let text = read(file).unwrap_or_default();
+    let text = read(rootfs, "etc/group").unwrap_or_default();
     let lines = text.lines().map(|line| line.split(':').collect::<Vec<_>>());
     let of_user = lines.filter(|fields| fields.get(3).is_some_and(|users| users.split(',').any(|user| user == name)));
     of_user.filter_map(|fields| fields.get(2)?.parse().ok()).take(GROUPS_MAX).collect()
@@ -112,5 +119,17 @@ mod tests {
         std::fs::create_dir(root.path().join("etc")).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", root.path().join("etc/passwd")).unwrap();
         assert!(user("root", root.path()).is_err());
+        // Nor where the directory is one; one that stays within is.
+        let outside = tempfile::tempdir().unwrap();
+        std::fs::write(outside.path().join("passwd"), "web:x:33:34::/:\n").unwrap();
+        let etc = root.path().join("etc");
+        std::fs::remove_dir_all(&etc).unwrap();
+        std::os::unix::fs::symlink(outside.path(), &etc).unwrap();
+        assert!(user("web", root.path()).is_err());
+        std::fs::create_dir(root.path().join("lib")).unwrap();
+        std::fs::copy(outside.path().join("passwd"), root.path().join("lib/passwd")).unwrap();
+        std::fs::remove_file(&etc).unwrap();
+        std::os::unix::fs::symlink("/lib", &etc).unwrap();
+        assert_eq!(user("web", root.path()).unwrap().uid, 33);
     }
 }
