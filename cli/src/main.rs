@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         Err(error) => {
             failed(&error);
             let words: Vec<String> = std::env::args().skip(1).collect();
-            return if words.iter().any(|word| word == "hook") {
+            return if commands::hook::is_called_by(&words) {
                 commands::hook::could_not_begin(&error, &words)
             } else {
                 exit::code(&error)

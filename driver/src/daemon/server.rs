@@ -183,10 +183,12 @@ impl Server {
 
     /// Keeps for the next server what only this one has.
     fn leave_devices(&self) {
-        let mut attached = self.attached.lock();
-        finish_all(&mut attached);
-        for name in attached.keys() {
-            tracing::warn!(device = name, "left to the next server");
+        {
+            let mut attached = self.attached.lock();
+            finish_all(&mut attached);
+            for name in attached.keys() {
+                tracing::warn!(device = name, "left to the next server");
+            }
         }
         self.keep_links();
         if let Err(error) = self.store.sync() {
@@ -277,13 +279,7 @@ impl Server {
         let transport = blocking(move || kernel::choose(request.transport)).await?;
         let location: Location = parse_location(&request.reference)?;
         let holds_reads = request.holds_reads;
-        let client = ClientOptions {
-            plain_http: request.plain_http,
-            auth_file: request.auth_file.clone(),
-            credential_files: request.credential_files.clone(),
-            hosts_dirs: request.hosts_dirs.clone(),
-            ..ClientOptions::default()
-        };
+        let client = client(request.plain_http, &request.auth_file, &request.credential_files, &request.hosts_dirs);
         let mut options = options(client, request.read_timeout_ms, holds_reads);
         options.attach_deadline = Duration::from_millis(request.attach_timeout_ms);
         options.profile = source(&request.start.profile)?;
@@ -454,13 +450,7 @@ impl Server {
 /// As [`crate::pull::pull`]; `Invalid` for a reference or a profile that is none.
 pub async fn pull_here(store: &Arc<Store>, engine: &Engine, request: &PullRequest) -> Result<Pulled> {
     let location = parse_location(&request.reference)?;
-    let client = ClientOptions {
-        plain_http: request.plain_http,
-        auth_file: request.auth_file.clone(),
-        credential_files: request.credential_files.clone(),
-        hosts_dirs: request.hosts_dirs.clone(),
-        ..ClientOptions::default()
-    };
+    let client = client(request.plain_http, &request.auth_file, &request.credential_files, &request.hosts_dirs);
     let mut options = options(client, request.read_timeout_ms, false);
     options.profile = source(&request.start.profile)?;
     options.command = command(&request.start.command);
@@ -497,14 +487,24 @@ fn parse_location(text: &str) -> Result<Location> {
 
 /// Where the chunks of a recorded device come from, and how.
 pub(super) fn options_of(record: &DeviceRecord) -> Result<(Location, AttachOptions)> {
-    let client = ClientOptions {
-        plain_http: record.plain_http,
-        auth_file: record.auth_file.clone(),
-        credential_files: record.credential_files.clone(),
-        hosts_dirs: record.hosts_dirs.clone(),
-        ..ClientOptions::default()
-    };
+    let client = client(record.plain_http, &record.auth_file, &record.credential_files, &record.hosts_dirs);
     Ok((parse_location(&record.reference)?, options(client, record.read_timeout_ms, record.holds_reads)))
+}
+
+/// How the registry of a request or a record is spoken to.
+fn client(
+    plain_http: bool,
+    auth_file: &Option<PathBuf>,
+    credential_files: &[PathBuf],
+    hosts_dirs: &[PathBuf],
+) -> ClientOptions {
+    ClientOptions {
+        plain_http,
+        auth_file: auth_file.clone(),
+        credential_files: credential_files.to_vec(),
+        hosts_dirs: hosts_dirs.to_vec(),
+        ..ClientOptions::default()
+    }
 }
 
 fn options(client: ClientOptions, read_timeout_ms: u64, holds_reads: bool) -> AttachOptions {

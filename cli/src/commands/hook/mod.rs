@@ -65,6 +65,12 @@ pub(crate) fn could_not_begin(error: &anyhow::Error, words: &[String]) -> ExitCo
     if words.iter().any(|word| word == POSTSTOP) { ExitCode::SUCCESS } else { exit::code(error) }
 }
 
+/// Whether the words of a command line, which could not be understood, call for a phase.
+pub(crate) fn is_called_by(words: &[String]) -> bool {
+    const PHASES: [&str; 5] = ["prestart", "createRuntime", "createContainer", "poststart", POSTSTOP];
+    words.iter().skip_while(|word| *word != "hook").any(|word| PHASES.contains(&word.as_str()))
+}
+
 /// The phase, on a thread of its own: it may wait for a lock or a file system that hangs, and the process ends without it.
 fn within(limit: Duration, global: &Global, command: &Hook) -> anyhow::Result<()> {
     let (tell, told) = std::sync::mpsc::sync_channel(1);
